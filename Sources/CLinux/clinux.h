@@ -1,0 +1,5 @@
+// C shims for Datapath: liburing's inline calls, kernel numbers that its packaged version lacks,
+// and the ioctl, packet and virtio structures that Swift's importer cannot read. No logic lives here.
+#pragma once
+#include <features.h>
+#include <liburing.h>
