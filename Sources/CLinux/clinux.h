@@ -3,3 +3,8 @@
 #pragma once
 #include <features.h>
 #include <liburing.h>
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <sys/uio.h>

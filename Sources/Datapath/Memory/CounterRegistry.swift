@@ -1,0 +1,156 @@
+/// Every counter of the forwarder, declared once. The table that `run` prints, the generated reference in
+/// `docs/counters.md` and the conservation check all read this list.
+///
+/// A counter counts frames as they are on the wire (a super-frame counts as its segments) unless its unit says otherwise.
+public enum Counter: Int, CaseIterable, Sendable {
+  // Traffic of ports, links and domains.
+  case inFrames, inBytes, outFrames, outBytes
+  /// Frames that routing sent towards this interface, before any egress drop.
+  case offeredFrames
+  /// Extra sends of a flood: a frame sent to n places is n - 1 copies.
+  case copies
+
+  // Drops on the way in from the underlay.
+  case dropUnknownSource, dropShortHeader, dropNoVNIFlag, dropReservedBits, dropUnknownVNI
+  case dropOversizedDatagram, dropBadInnerLength, dropNotECNCapable
+  // Drops on the way in from a port.
+  case dropRunt, dropOversizedFrame, dropBadOffload
+  // Drops by routing.
+  case dropBadSource, dropSameInterface, dropSplitHorizon, dropNoDestination
+  // Drops on the way out.
+  case dropInterfaceDown, dropQueueFull, dropNoSendOperation, dropTooBig, dropRefused, dropSendFailed, dropShortWrite
+  case dropStopped
+
+  // Learning, by domain.
+  case macsLearned, macMoves, macFreezes, macFrozenFrames, macLimitFrames, macsAged
+
+  // Workers.
+  case enters, completions, turns, sleeps, wakeups, commands
+  case batches1, batches2to3, batches4to7, batches8to15, batches16to31, batches32to63, batches64up
+  case receiveRearms, receiveStarved, completionOverflows
+  case sendChains, laneBlocks, resends
+  case modeSwitches
+
+  /// Where a counter is kept.
+  public enum Scope: String, CaseIterable, Sendable {
+    /// Datagrams of the underlay before their link is known.
+    case underlay
+    case port, link, domain, worker
+  }
+
+  public struct Definition: Sendable {
+    /// The name in tables, JSON and docs.
+    public let name: String
+    public let unit: String
+    public let scopes: [Scope]
+    public let help: String
+  }
+
+  /// Whether the counter is a drop under a named reason.
+  @inline(always)
+  public var isDrop: Bool {
+    rawValue >= Counter.dropUnknownSource.rawValue && rawValue <= Counter.dropStopped.rawValue
+  }
+  /// Whether the drop happens after routing chose an egress: it is charged to that egress.
+  @inline(always)
+  public var isEgressDrop: Bool {
+    rawValue >= Counter.dropInterfaceDown.rawValue && rawValue <= Counter.dropStopped.rawValue
+  }
+
+  public var definition: Definition {
+    func define(_ name: String, _ scopes: [Scope], _ help: String, unit: String = "frames") -> Definition {
+      Definition(name: name, unit: unit, scopes: scopes, help: help)
+    }
+    let traffic: [Scope] = [.underlay, .port, .link, .domain]
+    let egress: [Scope] = [.port, .link, .domain]
+    return switch self {
+    case .inFrames: define("in_frames", traffic, "Received from a guest or, for a link, from its other end.")
+    case .inBytes: define("in_bytes", traffic, "Bytes of those, from destination MAC to the end of payload.", unit: "bytes")
+    case .outFrames: define("out_frames", egress, "Handed to the kernel, which took them.")
+    case .outBytes: define("out_bytes", egress, "Bytes of those, from destination MAC to the end of payload.", unit: "bytes")
+    case .offeredFrames: define("offered_frames", egress, "Routed to this interface: sent, dropped on the way out, or in flight.")
+    case .copies: define("copies", [.domain], "Copies that floods made: a frame sent to n places adds n - 1.")
+
+    case .dropUnknownSource:
+      define("drop_unknown_source", [.underlay], "The datagram's source address is no configured link's.")
+    case .dropShortHeader:
+      define("drop_short_header", [.underlay], "The datagram ends before its encapsulation header does.")
+    case .dropNoVNIFlag: define("drop_no_vni_flag", [.underlay], "The VXLAN I flag is not set (RFC 7348 section 5).")
+    case .dropReservedBits:
+      define("drop_reserved_bits", [.link], "A reserved VXLAN bit is set and the link says reserved_bits = \"drop\".")
+    case .dropUnknownVNI:
+      define("drop_unknown_vni", [.underlay], "No link with this source address carries a domain with this VNI.")
+    case .dropOversizedDatagram:
+      define("drop_oversized_datagram", [.underlay], "The datagram is longer than a slot and arrived cut.")
+    case .dropBadInnerLength:
+      define(
+        "drop_bad_inner_length", [.link, .domain],
+        "The inner frame is shorter than an Ethernet header, or its IP header is malformed or claims more bytes than came.")
+    case .dropNotECNCapable:
+      define(
+        "drop_not_ecn_capable", [.link, .domain],
+        "The outer header says congestion experienced, the inner one cannot carry it (RFC 6040 section 4.2).")
+    case .dropRunt: define("drop_runt", [.port, .domain], "Shorter than an Ethernet header.")
+    case .dropOversizedFrame: define("drop_oversized_frame", [.port, .domain], "Longer than a slot, and arrived cut.")
+    case .dropBadOffload:
+      define("drop_bad_offload", [.port, .domain], "The virtio header asks for an offload that was not agreed on, or is malformed.")
+    case .dropBadSource:
+      define("drop_bad_source", [.port, .link, .domain], "The source MAC is a group address or all zero.")
+    case .dropSameInterface:
+      define("drop_same_interface", [.port, .link, .domain], "The destination is where the frame came from.")
+    case .dropSplitHorizon:
+      define(
+        "drop_split_horizon", [.port, .link, .domain],
+        "The frame came over a link and its destination is behind a link: links do not relay.")
+    case .dropNoDestination:
+      define("drop_no_destination", [.port, .link, .domain], "A flood in a domain that has no other member.")
+    case .dropInterfaceDown: define("drop_interface_down", egress, "The port's device or the link's socket is gone or down.")
+    case .dropQueueFull:
+      define("drop_queue_full", egress, "The socket or device was full and so was the queue of frames that wait for it.")
+    case .dropNoSendOperation: define("drop_no_send_operation", egress, "Every send operation of the worker was in use.")
+    case .dropTooBig: define("drop_too_big", egress, "Too long for the underlay's path MTU or for the device (EMSGSIZE).")
+    case .dropRefused:
+      define("drop_refused", egress, "The other end answered that nobody listens there (ECONNREFUSED), twice.")
+    case .dropSendFailed: define("drop_send_failed", egress, "The kernel refused the send for another reason.")
+    case .dropShortWrite: define("drop_short_write", egress, "The kernel took only a part of the frame.")
+    case .dropStopped: define("drop_stopped", egress, "Still waiting for a full socket when the service stopped.")
+
+    case .macsLearned: define("macs_learned", [.domain], "MAC addresses entered in the table.", unit: "addresses")
+    case .macMoves: define("mac_moves", [.domain], "MAC addresses seen at a new place and followed.", unit: "moves")
+    case .macFreezes: define("mac_freezes", [.domain], "MAC addresses that moved too often and were frozen where they were.", unit: "freezes")
+    case .macFrozenFrames: define("mac_frozen_frames", [.domain], "Frames (forwarded) whose frozen source was seen elsewhere.")
+    case .macLimitFrames: define("mac_limit_frames", [.domain], "Frames (forwarded) whose source was not learned: the table is at its limit.")
+    case .macsAged: define("macs_aged", [.domain], "MAC addresses removed because they were silent.", unit: "addresses")
+
+    case .enters: define("enters", [.worker], "Calls of io_uring_enter.", unit: "calls")
+    case .completions: define("completions", [.worker], "Completions handled.", unit: "completions")
+    case .turns: define("turns", [.worker], "Turns of the run loop.", unit: "turns")
+    case .sleeps: define("sleeps", [.worker], "Turns that slept in the kernel.", unit: "turns")
+    case .wakeups: define("wakeups", [.worker], "Wake-ups by control.", unit: "wake-ups")
+    case .commands: define("commands", [.worker], "Commands of control carried out.", unit: "commands")
+    case .batches1: define("batches_1", [.worker], "Turns that received 1 frame.", unit: "turns")
+    case .batches2to3: define("batches_2_3", [.worker], "Turns that received 2 to 3 frames.", unit: "turns")
+    case .batches4to7: define("batches_4_7", [.worker], "Turns that received 4 to 7 frames.", unit: "turns")
+    case .batches8to15: define("batches_8_15", [.worker], "Turns that received 8 to 15 frames.", unit: "turns")
+    case .batches16to31: define("batches_16_31", [.worker], "Turns that received 16 to 31 frames.", unit: "turns")
+    case .batches32to63: define("batches_32_63", [.worker], "Turns that received 32 to 63 frames.", unit: "turns")
+    case .batches64up: define("batches_64_up", [.worker], "Turns that received 64 frames or more.", unit: "turns")
+    case .receiveRearms: define("receive_rearms", [.worker], "Multishot receives that ended and were armed again.", unit: "receives")
+    case .receiveStarved:
+      define("receive_starved", [.worker], "Receives that ended because no slot was posted (ENOBUFS).", unit: "receives")
+    case .completionOverflows:
+      define("completion_overflows", [.worker], "Turns that found the completion queue overflown; the kernel kept what did not fit.", unit: "turns")
+    case .sendChains: define("send_chains", [.worker], "Chains of sends submitted.", unit: "chains")
+    case .laneBlocks: define("lane_blocks", [.worker], "Times that a socket or device was full (EAGAIN).", unit: "times")
+    case .resends: define("resends", [.worker], "Sends repeated after a stale error of the socket (ECONNREFUSED).", unit: "sends")
+    case .modeSwitches: define("mode_switches", [.worker], "Switches of adaptive dispatch between sleeping and polling.", unit: "switches")
+    }
+  }
+
+  /// The bucket of a turn that received `count` frames.
+  @inline(always)
+  public static func batchBucket(_ count: Int) -> Counter {
+    let log2 = min(6, Int.bitWidth - 1 - max(1, count).leadingZeroBitCount)
+    return Counter(rawValue: Counter.batches1.rawValue + log2)!
+  }
+}
