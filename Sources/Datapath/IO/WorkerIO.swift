@@ -1,0 +1,146 @@
+/// What a worker sees of the kernel: sources that frames come from, lanes that frames leave by, slots that it lends.
+///
+/// Three sides implement it: io_uring, plain system calls, and a simulated kernel with a seed. Workers are generic over
+/// it and specialised at compile time. One worker, on one thread, calls it; no call blocks but `collect`.
+///
+/// The rules that every side keeps
+/// - A posted slot belongs to the kernel until an event brings it back (`received`) or `takeBackSlots` does.
+/// - A source that was armed stays so until a `receiveEnded` event; the worker decides whether it is armed again.
+/// - A chain of sends on one lane is carried out in order and stops at the first failure. Its one `sent` event says
+///   how many were sent, and the error that stopped it. At most one chain is out on a lane: this is what keeps a flow
+///   in order when a socket is full, without trusting the order in which a kernel runs unlinked operations.
+/// - Chains of different lanes, and completions of any kind, may come in any order.
+public protocol WorkerIO: ~Copyable {
+  /// Makes a source known under `source`; nothing is received before `arm`.
+  mutating func openSource(_ source: Int, _ kind: SourceKind, descriptor: Int32)
+  /// Starts to receive. Ends with one `receiveEnded` event.
+  mutating func arm(_ source: Int, _ memory: inout FrameMemory)
+  /// Asks that the receive ends; the `receiveEnded` event (ECANCELED) still comes.
+  mutating func cancel(_ source: Int)
+  /// Forgets a source that has ended.
+  mutating func closeSource(_ source: Int)
+
+  /// Makes a lane known: a socket or device that frames are sent to.
+  mutating func openLane(_ lane: Int, _ kind: LaneKind, descriptor: Int32)
+  /// Forgets a lane that has no chain out; a pending `awaitWritable` is cancelled silently.
+  mutating func closeLane(_ lane: Int)
+
+  /// Lends a slot, in state posted, to be received into.
+  mutating func post(_ slot: Int, _ memory: inout FrameMemory)
+  /// Sends the chain that starts at `first` and follows `SendPool.next`, `count` long, in order.
+  /// At most `chainFramesMax` and only when no chain is out on this lane.
+  mutating func send(_ lane: Int, first: Int, count: Int, _ pool: borrowing SendPool)
+  /// Asks for one `writable` event when the lane takes frames again.
+  mutating func awaitWritable(_ lane: Int)
+
+  /// Hands what was asked for to the kernel, waits as told, and appends what happened to `events` until it is full.
+  mutating func collect(_ wait: Wait, _ memory: inout FrameMemory, into events: inout EventBatch)
+
+  /// Calls that entered the kernel since the last call of this function, and completions that it brought.
+  mutating func takeStatistics() -> IOStatistics
+  /// Gives back every slot that is still posted; only after all sources ended.
+  mutating func takeBackSlots(_ memory: inout FrameMemory)
+
+  /// The longest chain that `send` takes.
+  var chainFramesMax: Int { get }
+}
+
+public enum SourceKind: UInt8, BitwiseCopyable, Sendable {
+  /// A TAP queue: each receive is a virtio header of 12 bytes and a frame.
+  case tap
+  /// A UDP socket: each receive is a datagram with its sender and its ToS.
+  case datagram
+  /// The eventfd that control writes to: each receive is a wake-up and takes no slot.
+  case waker
+}
+
+public enum LaneKind: UInt8, BitwiseCopyable, Sendable {
+  /// A TAP queue, by `writev`.
+  case tap
+  /// A connected UDP socket, by `sendmsg`; the family settles the control message of the ToS.
+  case datagramIPv4, datagramIPv6
+}
+
+/// How long `collect` may stay in the kernel.
+public enum Wait: Sendable, Equatable {
+  /// Not at all: take what there is.
+  case sweep
+  /// Until something happens.
+  case forEvent
+  /// Until something happens, at most so long.
+  case atMost(nanoseconds: Int)
+  /// Until `completions` happened, at most so long: a fuller batch for a bounded delay.
+  case forBatch(completions: Int, nanoseconds: Int)
+}
+
+public struct IOStatistics: Sendable {
+  public var enters = 0
+  public var completions = 0
+  public var overflows = 0
+  public init() {}
+}
+
+/// One thing that happened. Which fields mean something depends on the kind.
+public struct IOEvent: BitwiseCopyable, Sendable {
+  public enum Kind: UInt8, BitwiseCopyable, Sendable {
+    /// `slot` holds `length` bytes from `offset` on, from `source`.
+    case received
+    /// The receive of `source` ended with `error` (0: the kernel ended a multishot for reasons of its own).
+    case receiveEnded
+    /// The chain of `lane` is over: `count` were sent; `error` stopped it, or 0.
+    case sent
+    /// `lane` takes frames again; `error` tells when the device is gone instead.
+    case writable
+    /// Control wrote to the waker.
+    case woken
+  }
+  public var kind: Kind
+  public var isTruncated = false
+  /// The outer header's ToS or traffic class, of a datagram.
+  public var typeOfService: UInt8 = 0
+  /// Size of each datagram of a train, in bytes; 0 where it is one datagram.
+  public var trainSegmentBytes: UInt16 = 0
+  /// The source or the lane.
+  public var index: UInt32
+  /// A positive error number, or 0.
+  public var error: Int32 = 0
+  public var count: UInt32 = 0
+  public var slot: UInt32 = 0
+  public var offset: UInt32 = 0
+  public var length: UInt32 = 0
+  /// The sender of a datagram.
+  public var sender = UnderlayAddress(high: 0, low: 0)
+
+  @inline(__always)
+  public init(_ kind: Kind, _ index: Int, error: Int32 = 0) {
+    self.kind = kind
+    self.index = UInt32(truncatingIfNeeded: index)
+    self.error = error
+  }
+}
+
+/// The events of one turn.
+public struct EventBatch: ~Copyable {
+  private var items: FixedArray<IOEvent>
+  public private(set) var count = 0
+
+  public init(capacity: Int) {
+    items = FixedArray(repeating: IOEvent(.woken, 0), count: capacity)
+  }
+  @inline(__always)
+  public var isFull: Bool { count == items.count }
+  @inline(__always)
+  public var room: Int { items.count - count }
+  @inline(__always)
+  public mutating func append(_ event: IOEvent) {
+    items[count] = event
+    count += 1
+  }
+  @inline(__always)
+  public subscript(index: Int) -> IOEvent {
+    precondition(index < count)
+    return items[index]
+  }
+  @inline(__always)
+  public mutating func removeAll() { count = 0 }
+}

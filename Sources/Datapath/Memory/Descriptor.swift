@@ -1,0 +1,102 @@
+/// What one frame, super-frame or train is, where its bytes are and who owns them: the unit that travels between
+/// stages. It is small and of fixed size; frames themselves never move.
+public struct Descriptor: BitwiseCopyable, Sendable {
+  /// The memory that holds the bytes; completion of the last send returns it there.
+  public var buffer: BufferReference
+  /// Where the frame starts in its first segment, in bytes.
+  public var offset: UInt32
+  /// The frame's bytes, over all its segments from `offset` on.
+  public var length: UInt32
+  /// How many segments hold the frame; a slot of the arena is one.
+  public var segments: UInt16
+  /// The port or link that it came by.
+  public var ingress: InterfaceIndex
+  /// The Ethernet that it belongs to; `.none` until a datagram's VNI was looked up.
+  public var domain: DomainIndex
+  /// ToS or traffic class (DSCP and ECN): the outer header's for a datagram that came in, the inner frame's after routing.
+  public var typeOfService: UInt8
+  /// Whether the kernel cut it because it did not fit.
+  public var isTruncated: Bool
+  /// Equal for all frames of a flow; picks the outer source port.
+  public var flowHash: UInt32
+  /// Size of each datagram of a received train, in bytes; 0 for a single one.
+  public var trainSegmentBytes: UInt16
+  /// How many frames on the wire this is: 1, or the segments of a super-frame or train.
+  public var wireFrames: UInt16
+  /// The virtio header that came with the frame; all zero for none.
+  public var offload: OffloadFields
+
+  @inline(__always)
+  public init(buffer: BufferReference, offset: Int, length: Int, segments: Int = 1, ingress: InterfaceIndex) {
+    self.buffer = buffer
+    self.offset = UInt32(truncatingIfNeeded: offset)
+    self.length = UInt32(truncatingIfNeeded: length)
+    self.segments = UInt16(truncatingIfNeeded: segments)
+    self.ingress = ingress
+    domain = .none
+    typeOfService = 0
+    isTruncated = false
+    flowHash = 0
+    trainSegmentBytes = 0
+    wireFrames = 1
+    offload = OffloadFields()
+  }
+}
+
+/// The fields of `struct virtio_net_hdr` (virtio 1.2 section 5.1.6), in host order, as a descriptor carries them.
+public struct OffloadFields: BitwiseCopyable, Sendable, Equatable {
+  public var flags: UInt8 = 0
+  public var segmentationType: UInt8 = 0
+  public var headerBytes: UInt16 = 0
+  public var segmentBytes: UInt16 = 0
+  public var checksumStart: UInt16 = 0
+  public var checksumOffset: UInt16 = 0
+
+  @inline(__always)
+  public init() {}
+  /// No offload asked for: the frame is as it goes on the wire.
+  @inline(__always)
+  public var isPlain: Bool { flags == 0 && segmentationType == 0 }
+}
+
+/// A buffer by its owner and its place there: a slot of the worker's arena (owner 0) or a chain of foreign memory.
+public struct BufferReference: BitwiseCopyable, Hashable, Sendable {
+  public let owner: UInt16
+  public let index: UInt32
+
+  @inline(__always)
+  public init(owner: Int, index: Int) {
+    self.owner = UInt16(truncatingIfNeeded: owner)
+    self.index = UInt32(truncatingIfNeeded: index)
+  }
+  @inline(__always)
+  public init(slot: Int) { self.init(owner: 0, index: slot) }
+}
+
+/// A run of descriptors that one stage hands to the next: the plain buffer of the fused layout.
+public struct DescriptorBatch: ~Copyable {
+  private var items: FixedArray<Descriptor>
+  public private(set) var count = 0
+
+  public init(capacity: Int) {
+    items = FixedArray(
+      repeating: Descriptor(buffer: BufferReference(slot: 0), offset: 0, length: 0, ingress: .none), count: capacity)
+  }
+  @inline(__always)
+  public var capacity: Int { items.count }
+  @inline(__always)
+  public var isFull: Bool { count == items.count }
+  /// Appends; the caller has seen that the batch is not full.
+  @inline(__always)
+  public mutating func append(_ descriptor: Descriptor) {
+    items[count] = descriptor
+    count += 1
+  }
+  @inline(__always)
+  public subscript(index: Int) -> Descriptor {
+    precondition(index < count)
+    return items[index]
+  }
+  @inline(__always)
+  public mutating func removeAll() { count = 0 }
+}

@@ -1,0 +1,132 @@
+import CLinux
+import Glibc
+
+/// Buffers that belong to somebody else: chains in a guest's memory, or a test's. The port that brings them fills in
+/// the segments of a buffer and holds it; when its last send is done the buffer appears among the returned ones and
+/// the port gives it back.
+///
+/// Owned by control; one worker uses it through a `Reference`. The first segment of a buffer is private memory of
+/// ours: the port copies the frame's headers there once, so that the guest cannot change what was parsed.
+@safe
+public final class ForeignMemory: @unchecked Sendable {
+  /// Segments of one buffer: the header copy and up to 16 pieces of payload, one less than the 18 vectors that a send takes.
+  public static let segmentsMax = 17
+  /// Private copy of a frame's headers: Ethernet, two tags, IPv6 with extension headers, TCP with options.
+  public static let headerCopyBytes = 256
+
+  fileprivate let buffers: UnsafeMutablePointer<Buffer>
+  fileprivate let headers: UnsafeMutableRawPointer
+  fileprivate let returned: UnsafeMutablePointer<UInt32>
+  fileprivate let returnedCount: UnsafeMutablePointer<Int>
+  public let bufferCount: Int
+
+  @unsafe
+  fileprivate struct Buffer {
+    var holds: UInt16 = 0
+    var segmentCount: UInt16 = 0
+    var segments = unsafe InlineArray<17, iovec>(repeating: unsafe iovec())
+  }
+
+  public init(bufferCount: Int) {
+    precondition(bufferCount > 0)
+    self.bufferCount = bufferCount
+    unsafe buffers = .allocate(capacity: bufferCount)
+    unsafe buffers.initialize(repeating: unsafe Buffer(), count: bufferCount)
+    unsafe headers = .allocate(byteCount: bufferCount * Self.headerCopyBytes, alignment: 128)
+    unsafe returned = .allocate(capacity: bufferCount)
+    unsafe returned.initialize(repeating: 0, count: bufferCount)
+    unsafe returnedCount = .allocate(capacity: 1)
+    unsafe returnedCount.initialize(to: 0)
+  }
+
+  deinit {
+    unsafe buffers.deallocate()
+    unsafe headers.deallocate()
+    unsafe returned.deallocate()
+    unsafe returnedCount.deallocate()
+  }
+
+  public var reference: Reference { unsafe Reference(memory: Unmanaged.passUnretained(self)) }
+
+  /// The worker's handle, free of reference counting.
+  @safe
+  public struct Reference: BitwiseCopyable {
+    fileprivate let memory: Unmanaged<ForeignMemory>?
+    public static var none: Reference { unsafe Reference(memory: nil) }
+
+    @inline(__always)
+    private func at<Result>(_ index: Int, _ body: (UnsafeMutablePointer<Buffer>, ForeignMemory) -> Result) -> Result {
+      unsafe memory!._withUnsafeGuaranteedRef { owner in
+        precondition(UInt(bitPattern: index) < UInt(bitPattern: owner.bufferCount), "foreign buffer out of range")
+        return unsafe body(owner.buffers + index, owner)
+      }
+    }
+
+    /// Fills in a buffer that is not held: copies the first `headerBytes` of `payload[0]` as the private header, names
+    /// the rest by reference, and holds it once. Returns the number of segments, or nil when they are too many.
+    @unsafe
+    public func bring(_ index: Int, payload: UnsafeBufferPointer<iovec>, headerBytes: Int) -> Int? {
+      unsafe at(index) { buffer, owner in
+        unsafe precondition(buffer.pointee.holds == 0, "a foreign buffer is brought while it is held")
+        guard payload.count > 0, payload.count < ForeignMemory.segmentsMax else { return nil }
+        let copied = unsafe min(headerBytes, ForeignMemory.headerCopyBytes, payload[0].iov_len)
+        let header = unsafe owner.headers + index * ForeignMemory.headerCopyBytes
+        unsafe header.copyMemory(from: payload[0].iov_base, byteCount: copied)
+        unsafe buffer.pointee.segments[0] = unsafe iovec(iov_base: header, iov_len: copied)
+        var count = 1
+        if unsafe payload[0].iov_len > copied {
+          unsafe buffer.pointee.segments[1] = unsafe iovec(
+            iov_base: payload[0].iov_base + copied, iov_len: payload[0].iov_len - copied)
+          count = 2
+        }
+        for number in 1..<max(1, payload.count) {
+          unsafe buffer.pointee.segments[count] = unsafe payload[number]
+          count += 1
+        }
+        unsafe buffer.pointee.segmentCount = UInt16(count)
+        unsafe buffer.pointee.holds = 1
+        return count
+      }
+    }
+
+    @unsafe
+    func segment(_ number: Int, of index: Int) -> iovec {
+      unsafe at(index) { buffer, _ in
+        unsafe precondition(number < Int(buffer.pointee.segmentCount), "segment out of range")
+        return unsafe buffer.pointee.segments[number]
+      }
+    }
+
+    func hold(_ index: Int, adding count: Int) {
+      unsafe at(index) { buffer, _ in
+        unsafe precondition(buffer.pointee.holds != 0, "hold of a foreign buffer not held")
+        unsafe buffer.pointee.holds += UInt16(truncatingIfNeeded: count)
+      }
+    }
+
+    func release(_ index: Int) {
+      unsafe at(index) { buffer, owner in
+        unsafe precondition(buffer.pointee.holds != 0, "release of a foreign buffer not held")
+        unsafe buffer.pointee.holds -= 1
+        if unsafe buffer.pointee.holds == 0 {
+          unsafe owner.returned[owner.returnedCount.pointee] = UInt32(truncatingIfNeeded: index)
+          unsafe owner.returnedCount.pointee += 1
+        }
+      }
+    }
+
+    /// How many sends of the buffer are still out.
+    public func holds(_ index: Int) -> Int {
+      unsafe at(index) { buffer, _ in unsafe Int(buffer.pointee.holds) }
+    }
+
+    /// Takes one returned buffer, to be given back to its guest; nil when there is none.
+    public func takeReturned() -> Int? {
+      unsafe memory!._withUnsafeGuaranteedRef { owner in
+        guard unsafe owner.returnedCount.pointee > 0 else { return nil }
+        unsafe owner.returnedCount.pointee -= 1
+        return unsafe Int(owner.returned[owner.returnedCount.pointee])
+      }
+    }
+  }
+}
