@@ -47,3 +47,47 @@ static inline void clinux_send_set_service(struct clinux_send *send, int level, 
   send->message.msg_control = send->control;
   send->message.msg_controllen = CMSG_SPACE(sizeof(int));
 }
+
+// ---- io_uring: what liburing 2.3 lacks, and what Swift cannot call because it is a macro ----
+
+#define CLINUX_OP_READ_MULTISHOT 49  // linux/io_uring.h since 6.7
+#define CLINUX_REGISTER_FILES_UPDATE IORING_REGISTER_FILES_UPDATE
+
+static inline const struct io_uring_cqe *clinux_cqe_at(const struct io_uring *ring, unsigned position) {
+  return &ring->cq.cqes[(*ring->cq.khead + position) & *ring->cq.kring_mask];
+}
+// Whether entering the kernel would bring anything: deferred work is waiting, or completions that did not fit.
+static inline bool clinux_work_is_pending(const struct io_uring *ring) {
+  return IO_URING_READ_ONCE(*ring->sq.kflags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW);
+}
+static inline bool clinux_has_overflown(const struct io_uring *ring) {
+  return IO_URING_READ_ONCE(*ring->sq.kflags) & IORING_SQ_CQ_OVERFLOW;
+}
+static inline void clinux_prep_read_multishot(struct io_uring_sqe *sqe, int fd, int group) {
+  io_uring_prep_rw(CLINUX_OP_READ_MULTISHOT, sqe, fd, NULL, 0, 0);
+  sqe->off = (unsigned long long)-1;  // no position: a stream
+  sqe->flags |= IOSQE_BUFFER_SELECT;
+  sqe->buf_group = (unsigned short)group;
+}
+static inline void clinux_prep_recvmsg_multishot(struct io_uring_sqe *sqe, int fd, struct msghdr *message, int group) {
+  io_uring_prep_recvmsg_multishot(sqe, fd, message, 0);
+  sqe->flags |= IOSQE_BUFFER_SELECT;
+  sqe->buf_group = (unsigned short)group;
+}
+static inline void clinux_sqe_select_buffer(struct io_uring_sqe *sqe, int group) {
+  sqe->flags |= IOSQE_BUFFER_SELECT;
+  sqe->buf_group = (unsigned short)group;
+}
+static inline void clinux_sqe_finish(struct io_uring_sqe *sqe, unsigned char flags, unsigned long long user_data) {
+  sqe->flags |= flags;
+  sqe->user_data = user_data;
+}
+static inline int clinux_register_buffer_ring(struct io_uring *ring, void *memory, unsigned entries, int group) {
+  struct io_uring_buf_reg registration = {
+      .ring_addr = (unsigned long long)memory, .ring_entries = entries, .bgid = (unsigned short)group};
+  return io_uring_register_buf_ring(ring, &registration, 0);
+}
+static inline void clinux_allow(struct io_uring_restriction *restriction, unsigned short opcode, unsigned char value) {
+  restriction->opcode = opcode;
+  restriction->register_op = value;  // one byte shared by register_op, sqe_op and sqe_flags
+}

@@ -94,6 +94,9 @@ public struct IOEvent: BitwiseCopyable, Sendable {
     /// Control wrote to the waker.
     case woken
   }
+  /// The `error` of a chain that ended because the kernel took only a part of a frame; no number of the system's.
+  public static var shortWrite: Int32 { 4_096 }
+
   public var kind: Kind
   public var isTruncated = false
   /// The outer header's ToS or traffic class, of a datagram.
