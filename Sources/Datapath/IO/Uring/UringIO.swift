@@ -106,9 +106,7 @@ public struct UringIO: ~Copyable, WorkerIO {
   /// - Throws: why the kernel makes no ring.
   public init(_ limits: Limits, without: UringFeatures = []) throws(SystemError) {
     precondition(limits.slots <= 0xFFFF, "a buffer ring names slots by 16 bits")
-    self.limits = limits
-    let (made, setup) = try Self.makeRing(limits.entries, without)
-    unsafe ring = unsafe made
+    let (ring, setup) = try unsafe Self.makeRing(limits.entries, without)
     var features = UringFeatures.all.subtracting(without)
     if setup & UInt32(IORING_SETUP_SINGLE_ISSUER) == 0 { features.remove(.singleIssuer) }
     if setup & UInt32(IORING_SETUP_DEFER_TASKRUN) == 0 { features.remove(.deferredWork) }
@@ -126,13 +124,12 @@ public struct UringIO: ~Copyable, WorkerIO {
 
     let highest = unsafe Self.highestOperation(ring)
     // Multishot recvmsg came with the same release as SEND_ZC (6.0), and is not in the probe by itself.
-    if highest < Int(IORING_OP_SEND_ZC) { features.remove(.multishotReceive) }
+    if highest < Int(IORING_OP_SEND_ZC.rawValue) { features.remove(.multishotReceive) }
     if highest < Int(CLINUX_OP_READ_MULTISHOT) { features.remove(.multishotRead) }
 
     var entries = 1
     while entries < limits.posted { entries <<= 1 }
-    bufferRingEntries = entries
-    bufferRingBytes = max(4096, entries * MemoryLayout<io_uring_buf>.stride)
+    let bufferRingBytes = max(4096, entries * MemoryLayout<io_uring_buf>.stride)
     guard
       let memory = unsafe mmap(
         nil, bufferRingBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), unsafe memory != MAP_FAILED
@@ -141,7 +138,6 @@ public struct UringIO: ~Copyable, WorkerIO {
       unsafe Self.freeRing(ring)
       throw SystemError(error, doing: "map the ring of provided buffers")
     }
-    unsafe bufferRing = memory
     if features.isSuperset(of: [.bufferRing, .multishotReceive]) {
       let group = Self.bufferGroup
       if unsafe clinux_register_buffer_ring(ring, memory, UInt32(entries), group) < 0 {
@@ -158,8 +154,13 @@ public struct UringIO: ~Copyable, WorkerIO {
       let slots = UInt32(limits.sources + limits.lanes)
       if unsafe io_uring_register_files_sparse(ring, slots) < 0 { features.remove(.fixedFiles) }
     }
-    self.features = features
 
+    unsafe self.ring = unsafe ring
+    self.limits = limits
+    self.features = features
+    unsafe bufferRing = memory
+    self.bufferRingBytes = bufferRingBytes
+    bufferRingEntries = entries
     sources = FixedArray(repeating: Source(), count: limits.sources)
     lanes = FixedArray(repeating: Lane(), count: limits.lanes)
     expectedBytes = FixedArray(repeating: 0, count: limits.operations)
@@ -231,17 +232,17 @@ public struct UringIO: ~Copyable, WorkerIO {
   @unsafe
   private static func restrict(_ ring: UnsafeMutablePointer<io_uring>) -> Bool {
     let operations: [UInt32] = [
-      IORING_OP_NOP, IORING_OP_READ, UInt32(CLINUX_OP_READ_MULTISHOT), IORING_OP_RECVMSG,
-      IORING_OP_SENDMSG, IORING_OP_WRITEV, IORING_OP_POLL_ADD,
-      IORING_OP_ASYNC_CANCEL,
+      IORING_OP_NOP.rawValue, IORING_OP_READ.rawValue, UInt32(CLINUX_OP_READ_MULTISHOT), IORING_OP_RECVMSG.rawValue,
+      IORING_OP_SENDMSG.rawValue, IORING_OP_WRITEV.rawValue, IORING_OP_POLL_ADD.rawValue,
+      IORING_OP_ASYNC_CANCEL.rawValue,
     ]
-    let registrations: [UInt32] = [
-      IORING_REGISTER_PROBE, IORING_REGISTER_FILES, IORING_REGISTER_FILES2,
-      IORING_REGISTER_FILES_UPDATE, IORING_REGISTER_PBUF_RING,
+    let registrations: [Int] = [
+      Int(IORING_REGISTER_PROBE), Int(IORING_REGISTER_FILES), Int(IORING_REGISTER_FILES2),
+      Int(IORING_REGISTER_FILES_UPDATE), Int(IORING_REGISTER_PBUF_RING),
     ]
     var rules = [io_uring_restriction](repeating: io_uring_restriction(), count: operations.count + registrations.count + 1)
     var used = 0
-    let highest = highestOperation(ring)
+    let highest = unsafe highestOperation(ring)
     for operation in operations where Int(operation) <= highest {
       unsafe clinux_allow(&rules[used], UInt16(IORING_RESTRICTION_SQE_OP), UInt8(operation))
       used += 1
@@ -435,7 +436,7 @@ public struct UringIO: ~Copyable, WorkerIO {
         unsafe io_uring_prep_writev(
           entry, file, send.pointee.message.msg_iov, UInt32(send.pointee.message.msg_iovlen), .max)
       } else {
-        unsafe io_uring_prep_sendmsg(entry, file, &send.pointee.message, UInt32(MSG_DONTWAIT.rawValue))
+        unsafe io_uring_prep_sendmsg(entry, file, &send.pointee.message, UInt32(MSG_DONTWAIT))
       }
       let isLast = position == count - 1
       unsafe clinux_sqe_finish(entry, isLast ? fixedFlag : fixedFlag | link, tag(.send, lane, operation))
@@ -589,12 +590,12 @@ public struct UringIO: ~Copyable, WorkerIO {
       // struct io_uring_recvmsg_out, then the name and the control messages, each in the room that the template gave.
       let header = unsafe start.loadUnaligned(as: io_uring_recvmsg_out.self)
       event.length = UInt32(truncatingIfNeeded: max(0, result - Self.datagramOffset))
-      event.isTruncated = header.flags & UInt32(MSG_TRUNC.rawValue) != 0
+      event.isTruncated = header.flags & UInt32(MSG_TRUNC) != 0
       controlCount = min(Int(header.controllen), Self.controlBytes)
     } else {
       let message = unsafe singleMessages[source]
       event.length = UInt32(truncatingIfNeeded: result)
-      event.isTruncated = unsafe UInt32(bitPattern: message.msg_flags) & UInt32(MSG_TRUNC.rawValue) != 0
+      event.isTruncated = unsafe UInt32(bitPattern: message.msg_flags) & UInt32(MSG_TRUNC) != 0
       controlCount = unsafe min(message.msg_controllen, Self.controlBytes)
     }
     let name = unsafe start + Self.receiveHeaderBytes
