@@ -43,6 +43,10 @@ public protocol WorkerIO: ~Copyable {
 
   /// The longest chain that `send` takes.
   var chainFramesMax: Int { get }
+  /// Monotonic time in nanoseconds.
+  func now() -> UInt64
+  /// Lets another thread have this core for a moment, where one wants it.
+  func yieldProcessor()
 }
 
 public enum SourceKind: UInt8, BitwiseCopyable, Sendable {
@@ -123,27 +127,10 @@ public struct IOEvent: BitwiseCopyable, Sendable {
 }
 
 /// The events of one turn.
-public struct EventBatch: ~Copyable {
-  private var items: FixedArray<IOEvent>
-  public private(set) var count = 0
+public typealias EventBatch = Batch<IOEvent>
 
+extension Batch<IOEvent> {
   public init(capacity: Int) {
-    items = FixedArray(repeating: IOEvent(.woken, 0), count: capacity)
+    self.init(capacity: capacity, filler: IOEvent(.woken, 0))
   }
-  @inline(__always)
-  public var isFull: Bool { count == items.count }
-  @inline(__always)
-  public var room: Int { items.count - count }
-  @inline(__always)
-  public mutating func append(_ event: IOEvent) {
-    items[count] = event
-    count += 1
-  }
-  @inline(__always)
-  public subscript(index: Int) -> IOEvent {
-    precondition(index < count)
-    return items[index]
-  }
-  @inline(__always)
-  public mutating func removeAll() { count = 0 }
 }

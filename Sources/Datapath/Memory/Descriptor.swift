@@ -72,31 +72,3 @@ public struct BufferReference: BitwiseCopyable, Hashable, Sendable {
   @inline(__always)
   public init(slot: Int) { self.init(owner: 0, index: slot) }
 }
-
-/// A run of descriptors that one stage hands to the next: the plain buffer of the fused layout.
-public struct DescriptorBatch: ~Copyable {
-  private var items: FixedArray<Descriptor>
-  public private(set) var count = 0
-
-  public init(capacity: Int) {
-    items = FixedArray(
-      repeating: Descriptor(buffer: BufferReference(slot: 0), offset: 0, length: 0, ingress: .none), count: capacity)
-  }
-  @inline(__always)
-  public var capacity: Int { items.count }
-  @inline(__always)
-  public var isFull: Bool { count == items.count }
-  /// Appends; the caller has seen that the batch is not full.
-  @inline(__always)
-  public mutating func append(_ descriptor: Descriptor) {
-    items[count] = descriptor
-    count += 1
-  }
-  @inline(__always)
-  public subscript(index: Int) -> Descriptor {
-    precondition(index < count)
-    return items[index]
-  }
-  @inline(__always)
-  public mutating func removeAll() { count = 0 }
-}

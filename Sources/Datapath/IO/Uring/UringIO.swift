@@ -645,6 +645,16 @@ public struct UringIO: ~Copyable, WorkerIO {
     events.append(event)
   }
 
+  public func now() -> UInt64 {
+    var time = timespec()
+    unsafe clock_gettime(CLOCK_MONOTONIC, &time)
+    return UInt64(time.tv_sec) &* 1_000_000_000 &+ UInt64(time.tv_nsec)
+  }
+
+  public func yieldProcessor() {
+    sched_yield()
+  }
+
   public mutating func takeStatistics() -> IOStatistics {
     defer { statistics = IOStatistics() }
     return statistics
