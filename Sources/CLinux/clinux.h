@@ -91,3 +91,54 @@ static inline void clinux_allow(struct io_uring_restriction *restriction, unsign
   restriction->opcode = opcode;
   restriction->register_op = value;  // one byte shared by register_op, sqe_op and sqe_flags
 }
+
+// ---- TUN/TAP and network devices: ioctls whose numbers and unions Swift cannot read ----
+
+#define CLINUX_TAP_FLAGS (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
+
+static inline int clinux_tap_attach(int fd, const char *name, int is_multi_queue) {
+  struct ifreq request = {0};
+  strncpy(request.ifr_name, name, IFNAMSIZ - 1);
+  request.ifr_flags = (short)(CLINUX_TAP_FLAGS | (is_multi_queue ? IFF_MULTI_QUEUE : 0));
+  return ioctl(fd, TUNSETIFF, &request);
+}
+static inline int clinux_tap_set_header_bytes(int fd, int bytes) { return ioctl(fd, TUNSETVNETHDRSZ, &bytes); }
+static inline int clinux_tap_set_offloads(int fd, unsigned long offloads) { return ioctl(fd, TUNSETOFFLOAD, offloads); }
+
+static inline int clinux_device_mtu(int fd, const char *name) {
+  struct ifreq request = {0};
+  strncpy(request.ifr_name, name, IFNAMSIZ - 1);
+  return ioctl(fd, SIOCGIFMTU, &request) < 0 ? -1 : request.ifr_mtu;
+}
+static inline int clinux_device_set_mtu(int fd, const char *name, int bytes) {
+  struct ifreq request = {0};
+  strncpy(request.ifr_name, name, IFNAMSIZ - 1);
+  request.ifr_mtu = bytes;
+  return ioctl(fd, SIOCSIFMTU, &request);
+}
+static inline int clinux_device_set_up(int fd, const char *name) {
+  struct ifreq request = {0};
+  strncpy(request.ifr_name, name, IFNAMSIZ - 1);
+  if (ioctl(fd, SIOCGIFFLAGS, &request) < 0) return -1;
+  request.ifr_flags |= IFF_UP;
+  return ioctl(fd, SIOCSIFFLAGS, &request);
+}
+
+// ---- Socket addresses: one room for both families ----
+
+static inline socklen_t clinux_address4(struct sockaddr_storage *room, unsigned int address, unsigned short port) {
+  struct sockaddr_in *value = (struct sockaddr_in *)room;
+  memset(room, 0, sizeof *room);
+  value->sin_family = AF_INET;
+  value->sin_addr.s_addr = address;  // both in network order
+  value->sin_port = port;
+  return sizeof *value;
+}
+static inline socklen_t clinux_address6(struct sockaddr_storage *room, const void *address, unsigned short port) {
+  struct sockaddr_in6 *value = (struct sockaddr_in6 *)room;
+  memset(room, 0, sizeof *room);
+  value->sin6_family = AF_INET6;
+  memcpy(&value->sin6_addr, address, 16);
+  value->sin6_port = port;
+  return sizeof *value;
+}

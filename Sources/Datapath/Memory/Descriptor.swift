@@ -13,6 +13,8 @@ public struct Descriptor: BitwiseCopyable, Sendable {
   public var ingress: InterfaceIndex
   /// The Ethernet that it belongs to; `.none` until a datagram's VNI was looked up.
   public var domain: DomainIndex
+  /// Who sent a datagram; nobody for a frame from a port.
+  public var sender: UnderlayAddress
   /// ToS or traffic class (DSCP and ECN): the outer header's for a datagram that came in, the inner frame's after routing.
   public var typeOfService: UInt8
   /// Whether the kernel cut it because it did not fit.
@@ -34,6 +36,7 @@ public struct Descriptor: BitwiseCopyable, Sendable {
     self.segments = UInt16(truncatingIfNeeded: segments)
     self.ingress = ingress
     domain = .none
+    sender = UnderlayAddress(high: 0, low: 0)
     typeOfService = 0
     isTruncated = false
     flowHash = 0

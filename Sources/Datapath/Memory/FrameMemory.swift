@@ -38,7 +38,7 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
   private var foreign: FixedArray<ForeignOwner>
   private var foreignCount = 0
 
-  private struct ForeignOwner: BitwiseCopyable {
+  struct ForeignOwner: BitwiseCopyable {
     var memory: ForeignMemory.Reference
   }
 
@@ -77,6 +77,13 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
 
   public var heldCount: Int { slotCount - freeCount - postedCount }
   public var freeSlots: Int { freeCount }
+
+  /// The sends that all held slots wait for.
+  public var holdsTotal: Int {
+    var total = 0
+    for slot in 0..<slotCount where states[slot] != Self.postedMark { total += Int(states[slot]) }
+    return total
+  }
 
   /// Takes a free slot to be posted to the kernel; nil when none is free.
   @inline(__always)

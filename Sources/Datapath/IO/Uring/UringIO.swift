@@ -75,7 +75,7 @@ public struct UringIO: ~Copyable, WorkerIO {
   private let singleVectors: UnsafeMutablePointer<iovec>
   private let wakeValue: UnsafeMutablePointer<UInt64>
 
-  private struct Source: BitwiseCopyable {
+  struct Source: BitwiseCopyable {
     var kind = SourceKind.waker
     var descriptor: Int32 = -1
     var isArmed = false
@@ -86,7 +86,7 @@ public struct UringIO: ~Copyable, WorkerIO {
     var slot: UInt32 = .max
   }
 
-  private struct Lane: BitwiseCopyable {
+  struct Lane: BitwiseCopyable {
     var kind = LaneKind.tap
     var descriptor: Int32 = -1
     /// Completions of the chain that have not come.

@@ -1,0 +1,112 @@
+// What the stages share: the tables that control fills in through a worker's mailbox.
+
+/// What a worker knows of one port or link, beyond what the snapshot says.
+public struct InterfaceRecord: BitwiseCopyable, Sendable {
+  public enum Kind: UInt8, BitwiseCopyable, Sendable { case absent, tap, vxlan }
+  public var kind: Kind
+  /// The first of its lanes at this worker; a link has one for each source port, a TAP one.
+  public var laneFirst: UInt32
+  /// 0: nothing leaves by it from this worker.
+  public var laneCount: UInt32
+  public var counters: CounterBlock.Writer
+
+  public init(_ kind: Kind, laneFirst: Int, laneCount: Int, counters: CounterBlock.Writer) {
+    self.kind = kind
+    self.laneFirst = UInt32(laneFirst)
+    self.laneCount = UInt32(laneCount)
+    self.counters = counters
+  }
+}
+
+/// The counters of one worker, by what they count. Indices that are not in use count into a block that nobody reads.
+public struct CounterTable: ~Copyable {
+  private var interfaces: FixedArray<InterfaceRecord>
+  private var domains: FixedArray<CounterBlock.Writer>
+  public let worker: CounterBlock.Writer
+  public let underlay: CounterBlock.Writer
+  private let nobody = CounterBlock()
+
+  init(interfaceCount: Int, domainCount: Int, worker: CounterBlock.Writer, underlay: CounterBlock.Writer) {
+    self.worker = worker
+    self.underlay = underlay
+    interfaces = FixedArray(
+      repeating: InterfaceRecord(.absent, laneFirst: 0, laneCount: 0, counters: nobody.writer), count: interfaceCount)
+    domains = FixedArray(repeating: nobody.writer, count: domainCount)
+  }
+
+  var interfaceCount: Int { interfaces.count }
+  var domainCount: Int { domains.count }
+
+  mutating func set(_ index: InterfaceIndex, _ record: InterfaceRecord) { interfaces[index.index] = record }
+  mutating func set(_ index: DomainIndex, _ counters: CounterBlock.Writer) { domains[index.index] = counters }
+  mutating func remove(_ index: InterfaceIndex) {
+    interfaces[index.index] = InterfaceRecord(.absent, laneFirst: 0, laneCount: 0, counters: nobody.writer)
+  }
+
+  /// The record of an interface; an absent one for an index out of range.
+  @inline(__always)
+  subscript(index: InterfaceIndex) -> InterfaceRecord {
+    index.index < interfaces.count
+      ? interfaces[index.index] : InterfaceRecord(.absent, laneFirst: 0, laneCount: 0, counters: worker)
+  }
+  @inline(__always)
+  subscript(index: DomainIndex) -> CounterBlock.Writer? {
+    index.index < domains.count ? domains[index.index] : nil
+  }
+
+  /// A frame came in by an interface of a domain.
+  @inline(__always)
+  func countIn(_ descriptor: Descriptor) {
+    let frames = Int(descriptor.wireFrames)
+    let counters = self[descriptor.ingress].counters
+    counters.add(.inFrames, frames)
+    counters.add(.inBytes, Int(descriptor.length))
+    guard let domain = self[descriptor.domain] else { return }
+    domain.add(.inFrames, frames)
+    domain.add(.inBytes, Int(descriptor.length))
+  }
+
+  /// The kernel took a frame.
+  @inline(__always)
+  func countOut(_ descriptor: Descriptor, egress: InterfaceIndex) {
+    let frames = Int(descriptor.wireFrames)
+    let counters = self[egress].counters
+    counters.add(.outFrames, frames)
+    counters.add(.outBytes, Int(descriptor.length))
+    guard let domain = self[descriptor.domain] else { return }
+    domain.add(.outFrames, frames)
+    domain.add(.outBytes, Int(descriptor.length))
+  }
+
+  /// A frame ends here, under one name: charged to the interface (its ingress, or the egress that it did not get out of)
+  /// and to its domain.
+  @inline(__always)
+  func countDrop(_ reason: Counter, _ descriptor: Descriptor, at interface: InterfaceIndex) {
+    let frames = Int(descriptor.wireFrames)
+    self[interface].counters.add(reason, frames)
+    self[descriptor.domain]?.add(reason, frames)
+  }
+}
+
+/// A frame on its way from routing to transmission.
+public struct RoutedFrame: BitwiseCopyable, Sendable {
+  public enum Target: BitwiseCopyable, Sendable {
+    case unicast(InterfaceIndex)
+    /// To every member but the frame's ingress.
+    case flood(SnapshotView.FloodSet)
+  }
+  public var descriptor: Descriptor
+  public var target: Target
+  /// The domain's identifier, for links.
+  public var vni: UInt32
+}
+
+public typealias RoutedBatch = Batch<RoutedFrame>
+
+extension Batch<RoutedFrame> {
+  public init(capacity: Int) {
+    let empty = Descriptor(buffer: BufferReference(slot: 0), offset: 0, length: 0, ingress: .none)
+    self.init(
+      capacity: capacity, filler: RoutedFrame(descriptor: empty, target: .unicast(.none), vni: 0))
+  }
+}

@@ -1,0 +1,92 @@
+import CLinux
+import Glibc
+
+/// What control asks of a worker. Carried out between batches, in the order sent.
+public enum Command: BitwiseCopyable, Sendable {
+  case addInterface(InterfaceIndex, InterfaceRecord)
+  case removeInterface(InterfaceIndex)
+  case addDomain(DomainIndex, CounterBlock.Writer)
+  /// Receives from a descriptor that control owns. `.sourceFailed` reports its end.
+  case openSource(Int, SourceKind, interface: InterfaceIndex, domain: DomainIndex, descriptor: Int32)
+  /// Answered by `.sourceClosed`: from then on control may close the descriptor.
+  case closeSource(Int)
+  case openLane(Int, LaneKind, interface: InterfaceIndex, descriptor: Int32)
+  /// Answered by `.laneClosed`.
+  case closeLane(Int)
+  /// Answered by `.adopted`: from then on this worker uses nothing of the snapshot before.
+  case adopt(SnapshotView)
+  /// Answered by `.audited`.
+  case audit
+  /// Ends all receives, sends what waits, for a bounded time, then stops. Answered by `.audited` and `.stopped`.
+  case drain
+}
+
+/// What a worker tells control.
+public enum Report: BitwiseCopyable, Sendable {
+  /// The ring is made and the thread is pinned.
+  case started(features: UInt32)
+  case couldNotStart(error: Int32)
+  /// The receive of a source ended for good: its device is gone.
+  case sourceFailed(Int, error: Int32)
+  case sourceClosed(Int)
+  case laneFailed(Int, error: Int32)
+  case laneClosed(Int)
+  case adopted(version: UInt64)
+  case audited(Audit)
+  case stopped
+}
+
+/// The conservation of frames at one worker at one moment between two turns: received + copies = sent + dropped + in
+/// flight, over all ports and links, for each of them and for each domain; and every slot and send accounted for.
+public struct Audit: BitwiseCopyable, Sendable, Equatable {
+  public var received: UInt64 = 0
+  public var copies: UInt64 = 0
+  public var sent: UInt64 = 0
+  public var dropped: UInt64 = 0
+  public var inFlight: UInt64 = 0
+  /// The first interface and the first domain whose own sums do not hold; `.none` where all do.
+  public var brokenInterface = InterfaceIndex.none
+  public var brokenDomain = DomainIndex.none
+  /// Whether datagrams of the underlay all became a link's or were dropped.
+  public var underlayHolds = true
+  /// Slots held beyond those that sends in flight hold: lost ones.
+  public var slotsLost = 0
+  public var operationsLost = 0
+
+  public init() {}
+
+  public var holds: Bool {
+    received + copies == sent + dropped + inFlight && brokenInterface == .none && brokenDomain == .none
+      && underlayHolds && slotsLost == 0 && operationsLost == 0
+  }
+}
+
+/// The two rings and the wake-up between control and one worker. Control holds this; the worker takes its ends.
+public final class Mailbox: Sendable {
+  let commands: SPSCRing<Command>
+  let reports: SPSCRing<Report>
+  /// The eventfd that wakes the worker.
+  public let workerWaker: Int32
+  /// The eventfd that wakes control, shared by all workers.
+  public let controlWaker: Int32
+
+  /// Commands that fit before control must wait for the worker: a configuration of a thousand links fits in one go.
+  static let commandsMax = 65_536
+  static let reportsMax = 65_536
+
+  public init(controlWaker: Int32) throws(SystemError) {
+    commands = SPSCRing(capacity: Self.commandsMax)
+    reports = SPSCRing(capacity: Self.reportsMax)
+    workerWaker = eventfd(0, Int32(EFD_CLOEXEC) | Int32(EFD_NONBLOCK))
+    guard workerWaker >= 0 else { throw SystemError(errno, doing: "make an eventfd") }
+    self.controlWaker = controlWaker
+  }
+
+  deinit { close(workerWaker) }
+
+  /// Adds one to an eventfd; callable from any thread.
+  public static func wake(_ waker: Int32) {
+    var one: UInt64 = 1
+    _ = unsafe write(waker, &one, 8)
+  }
+}

@@ -1,0 +1,126 @@
+/// The second stage: where does a frame go?
+///
+/// The way of a frame:
+/// 1. `identify`: a datagram's header gives its VNI; sender and VNI give link and domain. A frame from a port has them.
+/// 2. `decapsulate`: the congestion mark of the outer header is carried over to the inner frame.
+/// 3. The frame is parsed, once.
+/// 4. `Router.decide`: the source is learned, the destination looked up.
+/// 5. The frame goes on with its target; or it ends here, counted.
+struct RouteStage: ~Copyable {
+  private var router: Router
+
+  init(_ view: SnapshotView) { router = Router(view) }
+
+  mutating func adopt(_ view: SnapshotView) { router.adopt(view) }
+
+  /// Routes one frame; appends it to `batch`, which has room, or drops it.
+  @inline(__always)
+  mutating func route(
+    _ descriptor: Descriptor, nowSeconds: UInt32, _ memory: inout FrameMemory, _ counters: borrowing CounterTable,
+    into batch: inout RoutedBatch
+  ) {
+    var descriptor = descriptor
+    let isFromUnderlay = descriptor.ingress == .none
+    if isFromUnderlay {
+      guard identify(&descriptor, &memory, counters) else { return }
+    }
+    guard let parsed = parse(descriptor, memory) else {
+      // A port's runts ended in the receive stage.
+      return drop(.dropBadInnerLength, descriptor, &memory, counters)
+    }
+    descriptor.flowHash = parsed.flowHash
+    if isFromUnderlay {
+      if !parsed.networkLengthValid { return drop(.dropBadInnerLength, descriptor, &memory, counters) }
+      guard mergeCongestionMark(&descriptor, parsed, &memory) else {
+        return drop(.dropNotECNCapable, descriptor, &memory, counters)
+      }
+    } else {
+      descriptor.typeOfService = parsed.typeOfService
+    }
+
+    let decision = router.decide(
+      source: parsed.source.bits, destination: parsed.destination.bits, ingress: descriptor.ingress,
+      domain: descriptor.domain, nowSeconds: nowSeconds)
+    if let learned = decision.learned.counter { counters[descriptor.domain]?.add(learned) }
+    let vni = router.view.vni(of: descriptor.domain) ?? 0
+    switch decision.action {
+    case .unicast(let egress):
+      batch.append(RoutedFrame(descriptor: descriptor, target: .unicast(egress), vni: vni))
+    case .flood:
+      let members = router.view.floodSet(domain: descriptor.domain, ingress: descriptor.ingress)
+      guard members.targetCount > 0 else { return drop(.dropNoDestination, descriptor, &memory, counters) }
+      counters[descriptor.domain]?.add(.copies, (members.targetCount - 1) * Int(descriptor.wireFrames))
+      batch.append(RoutedFrame(descriptor: descriptor, target: .flood(members), vni: vni))
+    case .drop(let reason):
+      drop(reason, descriptor, &memory, counters)
+    }
+  }
+
+  @inline(__always)
+  private func parse(_ descriptor: Descriptor, _ memory: borrowing FrameMemory) -> ParsedFrame? {
+    ParsedFrame(headers: memory.head(of: descriptor), frameBytes: Int(descriptor.length))
+  }
+
+  /// Finds link and domain of a datagram and steps over its header; false when it was dropped.
+  @inline(__always)
+  private func identify(
+    _ descriptor: inout Descriptor, _ memory: inout FrameMemory, _ counters: borrowing CounterTable
+  ) -> Bool {
+    guard let header = VXLANLink.readHeader(memory.head(of: descriptor)) else {
+      return dropUnidentified(.dropShortHeader, descriptor, &memory, counters)
+    }
+    switch router.view.carrier(source: descriptor.sender, vni: header.vni) {
+    case .unknownSource:
+      return dropUnidentified(.dropUnknownSource, descriptor, &memory, counters)
+    case .unknownVNI:
+      return dropUnidentified(header.hasVNI ? .dropUnknownVNI : .dropNoVNIFlag, descriptor, &memory, counters)
+    case .link(let link, let domain):
+      if !header.hasVNI { return dropUnidentified(.dropNoVNIFlag, descriptor, &memory, counters) }
+      descriptor.ingress = link
+      descriptor.domain = domain
+      VXLANLink.decapsulate(&descriptor)
+      counters.countIn(descriptor)
+      if header.hasReservedBits && router.view.dropsReservedBits(link: link) {
+        drop(.dropReservedBits, descriptor, &memory, counters)
+        return false
+      }
+      return true
+    }
+  }
+
+  /// Drops a datagram that is no link's; always false.
+  private func dropUnidentified(
+    _ reason: Counter, _ descriptor: Descriptor, _ memory: inout FrameMemory, _ counters: borrowing CounterTable
+  ) -> Bool {
+    counters.underlay.add(reason, Int(descriptor.wireFrames))
+    memory.release(descriptor.buffer)
+    return false
+  }
+
+  /// RFC 6040 section 4.2; false when the frame must be dropped. Leaves the inner ToS in the descriptor.
+  @inline(__always)
+  private func mergeCongestionMark(
+    _ descriptor: inout Descriptor, _ parsed: ParsedFrame, _ memory: inout FrameMemory
+  ) -> Bool {
+    let outer = descriptor.typeOfService
+    descriptor.typeOfService = parsed.typeOfService
+    // Only IP can carry a mark; what is no IP was never marked by its sender and keeps going.
+    guard parsed.ipVersion != 0, outer & ECN.mask != 0 else { return true }
+    switch ECN.decapsulate(outer: outer, inner: parsed.typeOfService) {
+    case .keep: return true
+    case .drop: return false
+    case .mark(let marked):
+      var frame = memory.mutableHead(of: descriptor)
+      descriptor.typeOfService = marked
+      return ECN.rewrite(typeOfService: marked, in: &frame, networkOffset: parsed.networkOffset)
+    }
+  }
+
+  @inline(__always)
+  private func drop(
+    _ reason: Counter, _ descriptor: Descriptor, _ memory: inout FrameMemory, _ counters: borrowing CounterTable
+  ) {
+    counters.countDrop(reason, descriptor, at: descriptor.ingress)
+    memory.release(descriptor.buffer)
+  }
+}

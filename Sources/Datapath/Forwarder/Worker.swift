@@ -1,0 +1,298 @@
+import CLinux
+import Glibc
+
+/// One worker of the fused layout: it runs the three stages in turn over the same batch, to completion.
+///
+/// The way of a frame, once a turn:
+/// 1. `collect`: the kernel takes the sends of the last turn and says what happened: one call a batch.
+/// 2. receive: filled slots become descriptors; chains of sends that are over give their slots back.
+/// 3. route: each frame gets its target.
+/// 4. transmit: frames join their lanes; each lane's queue becomes one chain of sends, submitted by the next `collect`.
+/// 5. Free slots are posted again, commands of control carried out, and the clock decides how the next turn waits.
+///
+/// One thread owns it, from the moment it is made there. Control talks to it through its mailbox alone. Nothing is
+/// allocated, locked or logged in a turn.
+public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
+  /// How long frames may wait for full sockets after control asked to stop.
+  static var drainNanosecondsMax: UInt64 { 1_000_000_000 }
+  /// The source that is always control's waker.
+  public static var wakerSource: Int { 0 }
+  private static var eventsMax: Int { 512 }
+
+  private var io: IO
+  private var memory: FrameMemory
+  private var counters: CounterTable
+  private var events = EventBatch(capacity: eventsMax)
+  private var received = DescriptorBatch(capacity: eventsMax)
+  private var routed = RoutedBatch(capacity: eventsMax)
+  private var receive: ReceiveStage
+  private var route: RouteStage
+  private var transmit: TransmitStage
+
+  private var dispatch: Dispatch
+  private var wait = Wait.sweep
+  private var wasPolling = false
+  private var nowSeconds: UInt32 = 1
+  private let startNanoseconds: UInt64
+
+  private var commands: SPSCRing<Command>.Consumer
+  private var reports: SPSCRing<Report>.Producer
+  private let controlWaker: Int32
+  private var state = State.running
+  private var drainStart: UInt64 = 0
+
+  private enum State { case running, draining, stopped }
+
+  /// The sends that wait or are out, as `audit` counted them last.
+  private struct InFlight: ~Copyable {
+    var frames = 0
+    var slots = 0
+    var byInterface: FixedArray<UInt32>
+    var byDomain: FixedArray<UInt32>
+  }
+  private var inFlight: InFlight
+
+  public struct Settings: Sendable {
+    public var dispatch = Dispatch.Settings()
+    /// Slots that the kernel holds at most.
+    public var postedSlots = 64
+    public var sources = 1
+    public var lanes = 1
+    public var interfaces = 1
+    public var domains = 1
+    public var operations = 1_024
+    public init() {}
+  }
+
+  /// - Parameters:
+  ///   - io: made on this thread.
+  ///   - memory: this worker's alone from now on.
+  ///   - view: the first snapshot.
+  public init(
+    io: consuming IO, memory: consuming FrameMemory, mailbox: Mailbox, settings: Settings, view: SnapshotView,
+    workerCounters: CounterBlock.Writer, underlayCounters: CounterBlock.Writer
+  ) {
+    let now = io.now()
+    startNanoseconds = now
+    dispatch = Dispatch(settings.dispatch, now: now)
+    wasPolling = dispatch.isPolling
+    counters = CounterTable(
+      interfaceCount: settings.interfaces, domainCount: settings.domains, worker: workerCounters,
+      underlay: underlayCounters)
+    inFlight = InFlight(
+      byInterface: FixedArray(repeating: 0, count: settings.interfaces),
+      byDomain: FixedArray(repeating: 0, count: settings.domains))
+    receive = ReceiveStage(sourceCount: settings.sources, postedMax: settings.postedSlots)
+    route = RouteStage(view)
+    transmit = TransmitStage(laneCount: settings.lanes, operationCount: settings.operations)
+    commands = mailbox.commands.makeConsumer()
+    reports = mailbox.reports.makeProducer()
+    controlWaker = mailbox.controlWaker
+    self.io = io
+    self.memory = memory
+    receive.open(
+      Self.wakerSource, .waker, interface: .none, domain: .none, descriptor: mailbox.workerWaker, &self.io, &self.memory)
+    receive.replenish(&self.io, &self.memory)
+  }
+
+  /// Turns until control stops it.
+  public mutating func run() {
+    carryOutCommands()
+    while turn() {}
+  }
+
+  /// One turn; false when the worker has stopped.
+  public mutating func turn() -> Bool {
+    // 1.
+    events.removeAll()
+    io.collect(wait, &memory, into: &events)
+
+    // 2.
+    received.removeAll()
+    var isWoken = false
+    for place in 0..<events.count {
+      let event = events[place]
+      switch event.kind {
+      case .received: receive.take(event, &memory, counters, into: &received)
+      case .sent: report(transmit.finished(event, &io, &memory, counters))
+      case .writable: transmit.writable(event)
+      case .receiveEnded: report(receive.ended(event, &io, &memory, counters))
+      case .woken:
+        isWoken = true
+        counters.worker.add(.wakeups)
+        io.arm(Int(event.index), &memory)
+      }
+    }
+
+    // 3. and 4.
+    routed.removeAll()
+    for place in 0..<received.count {
+      route.route(received[place], nowSeconds: nowSeconds, &memory, counters, into: &routed)
+    }
+    let canHoldBack = receive.canHoldBack(memory)
+    for place in 0..<routed.count { transmit.transmit(routed[place], canHoldBack: canHoldBack, &memory, counters) }
+    transmit.flush(&io, counters)
+
+    // 5.
+    receive.replenish(&io, &memory)
+    if isWoken { carryOutCommands() }
+    settle(isIdle: events.count == 0)
+    return state != .stopped
+  }
+
+  /// Forwards one frame that a port brought by itself: memory of a guest that is polled, not received from. Its
+  /// descriptor names port, domain and a held buffer. To be called between turns.
+  public mutating func bring(_ descriptor: Descriptor) {
+    counters.countIn(descriptor)
+    routed.removeAll()
+    route.route(descriptor, nowSeconds: nowSeconds, &memory, counters, into: &routed)
+    let canHoldBack = receive.canHoldBack(memory)
+    for place in 0..<routed.count { transmit.transmit(routed[place], canHoldBack: canHoldBack, &memory, counters) }
+    transmit.flush(&io, counters)
+  }
+
+  /// Makes a foreign memory known before its frames are brought; returns its owner number.
+  public mutating func adopt(_ foreign: ForeignMemory.Reference) -> Int { memory.adopt(foreign) }
+
+  // MARK: The end of a turn
+
+  @inline(__always)
+  private mutating func settle(isIdle: Bool) {
+    let now = io.now()
+    nowSeconds = UInt32(truncatingIfNeeded: (now &- startNanoseconds) / 1_000_000_000 &+ 1)
+    count()
+    if state == .draining { return drainFurther(now) }
+    let (wait, yields) = dispatch.next(now: now, frames: received.count, didWork: !isIdle)
+    self.wait = wait
+    if yields { io.yieldProcessor() }
+    if dispatch.isPolling != wasPolling {
+      wasPolling = dispatch.isPolling
+      counters.worker.add(.modeSwitches)
+    }
+  }
+
+  @inline(__always)
+  private mutating func count() {
+    let statistics = io.takeStatistics()
+    counters.worker.add(.turns)
+    counters.worker.add(.enters, statistics.enters)
+    counters.worker.add(.completions, statistics.completions)
+    if statistics.overflows > 0 { counters.worker.add(.completionOverflows, statistics.overflows) }
+    if wait == .forEvent { counters.worker.add(.sleeps) }
+    if received.count > 0 { counters.worker.add(Counter.batchBucket(received.count)) }
+  }
+
+  // MARK: Control
+
+  private mutating func report(_ report: Report?) {
+    guard let report else { return }
+    // Reports are few and bounded by what control asked for; a full ring means that control is gone.
+    _ = reports.push(report)
+    Mailbox.wake(controlWaker)
+  }
+
+  private mutating func carryOutCommands() {
+    while let command = commands.pop() {
+      counters.worker.add(.commands)
+      switch command {
+      case .addInterface(let index, let record): counters.set(index, record)
+      case .removeInterface(let index): counters.remove(index)
+      case .addDomain(let index, let writer): counters.set(index, writer)
+      case .openSource(let source, let kind, let interface, let domain, let descriptor):
+        receive.open(source, kind, interface: interface, domain: domain, descriptor: descriptor, &io, &memory)
+      case .closeSource(let source):
+        if receive.close(source, &io) { report(.sourceClosed(source)) }
+      case .openLane(let lane, let kind, let interface, let descriptor):
+        transmit.open(lane, kind, interface: interface, descriptor: descriptor, &io)
+      case .closeLane(let lane):
+        report(transmit.beginClose(lane, .dropInterfaceDown, &io, &memory, counters))
+      case .adopt(let view):
+        route.adopt(view)
+        report(.adopted(version: view.version))
+      case .audit: report(.audited(audit()))
+      case .drain: beginDrain()
+      }
+    }
+  }
+
+  private mutating func beginDrain() {
+    guard state == .running else { return }
+    state = .draining
+    drainStart = io.now()
+    for source in 0..<receive.sourceCount where !receive.isWaker(source) { _ = receive.close(source, &io) }
+  }
+
+  /// Receives have been cancelled; sends go on until none is left or the time is up.
+  private mutating func drainFurther(_ now: UInt64) {
+    wait = .atMost(nanoseconds: 10_000_000)
+    let isLate = now &- drainStart > Self.drainNanosecondsMax
+    guard receive.openCount == 0 || isLate, transmit.inFlight == 0 || isLate else { return }
+    for lane in 0..<transmit.laneCount { _ = transmit.beginClose(lane, .dropStopped, &io, &memory, counters) }
+    report(.audited(audit()))
+    state = .stopped
+    report(.stopped)
+  }
+
+  /// The sums of this worker, consistent because it is between two turns.
+  public mutating func audit() -> Audit {
+    var result = Audit()
+    tallyInFlight()
+    result.inFlight = UInt64(inFlight.frames)
+    result.slotsLost = memory.holdsTotal - inFlight.slots
+    result.operationsLost = transmit.operationsInUse - transmit.inFlight
+
+    var linksIn: UInt64 = 0
+    for index in 0..<counters.interfaceCount {
+      let record = counters[InterfaceIndex(index)]
+      guard record.kind != .absent else { continue }
+      let drops = dropSums(record.counters)
+      let received = record.counters.value(.inFrames)
+      let sent = record.counters.value(.outFrames)
+      result.received += received
+      result.sent += sent
+      result.dropped += drops.all
+      if record.kind == .vxlan { linksIn += received }
+      let accounted = sent + drops.egress + UInt64(inFlight.byInterface[index])
+      if record.counters.value(.offeredFrames) != accounted, result.brokenInterface == .none {
+        result.brokenInterface = InterfaceIndex(index)
+      }
+    }
+    for index in 0..<counters.domainCount {
+      guard let block = counters[DomainIndex(index)] else { continue }
+      let copies = block.value(.copies)
+      result.copies += copies
+      let accounted = block.value(.outFrames) + dropSums(block).all + UInt64(inFlight.byDomain[index])
+      if block.value(.inFrames) + copies != accounted, result.brokenDomain == .none {
+        result.brokenDomain = DomainIndex(index)
+      }
+    }
+    let underlay = counters.underlay
+    result.underlayHolds = underlay.value(.inFrames) == linksIn + dropSums(underlay).all
+    return result
+  }
+
+  private mutating func tallyInFlight() {
+    inFlight.frames = 0
+    inFlight.slots = 0
+    for index in 0..<inFlight.byInterface.count { inFlight.byInterface[index] = 0 }
+    for index in 0..<inFlight.byDomain.count { inFlight.byDomain[index] = 0 }
+    transmit.forEachInFlight { egress, descriptor in
+      let frames = UInt32(descriptor.wireFrames)
+      inFlight.frames += Int(frames)
+      if descriptor.buffer.owner == 0 { inFlight.slots += 1 }
+      inFlight.byInterface[egress.index] += frames
+      inFlight.byDomain[descriptor.domain.index] += frames
+    }
+  }
+
+  private func dropSums(_ block: CounterBlock.Writer) -> (all: UInt64, egress: UInt64) {
+    var sums: (all: UInt64, egress: UInt64) = (0, 0)
+    for raw in Counter.dropUnknownSource.rawValue...Counter.dropStopped.rawValue {
+      let counter = Counter(rawValue: raw)!
+      let value = block.value(counter)
+      sums.all += value
+      if counter.isEgressDrop { sums.egress += value }
+    }
+    return sums
+  }
+}

@@ -1,0 +1,131 @@
+import CLinux
+import Glibc
+
+// A `tap` port: a device that the guest uses as its network card, and whose other side is ours.
+//
+// The way of a frame
+//   in:  a read of a queue gives a virtio header and one frame → `TapPort.describe`
+//   out: `TapPort.header` in front of the frame, one `writev` a frame
+// Control opens the device (`TapDevice`) and lends its queues to workers.
+
+/// The per-frame side of a TAP queue.
+public enum TapPort {
+  /// The virtio header before each frame, set by TUNSETVNETHDRSZ: `struct virtio_net_hdr_mrg_rxbuf`.
+  public static let headerBytes = 12
+
+  /// What goes before a frame that asks for no offload.
+  @inline(__always)
+  static var plainHeader: SendPool.Header { SendPool.Header(count: headerBytes) }
+
+  /// The frame in a filled slot; the reason when there is none.
+  @inline(__always)
+  static func describe(
+    _ event: IOEvent, from port: InterfaceIndex, domain: DomainIndex, _ memory: inout FrameMemory
+  ) -> (descriptor: Descriptor, drop: Counter?) {
+    let slot = BufferReference(slot: Int(event.slot))
+    let length = max(0, Int(event.length) - headerBytes)
+    var descriptor = Descriptor(
+      buffer: slot, offset: Int(event.offset) + headerBytes, length: length, ingress: port)
+    descriptor.domain = domain
+    if event.isTruncated { return (descriptor, .dropOversizedFrame) }
+    if length < EthernetHeader.bytes { return (descriptor, .dropRunt) }
+    var whole = descriptor
+    whole.offset = event.offset
+    whole.length = event.length
+    guard var header = OffloadHeader(memory.head(of: whole)) else { return (descriptor, .dropRunt) }
+    if header.gsoType == 0 && header.flags & OffloadHeader.flagNeedsChecksum == 0 { return (descriptor, nil) }
+    // No offload is agreed on, but a device that another process used before may still hold frames of its time.
+    if header.isSuperFrame { return (descriptor, .dropBadOffload) }
+    var frame = memory.mutableHead(of: descriptor)
+    return header.finishChecksum(in: &frame) ? (descriptor, nil) : (descriptor, .dropBadOffload)
+  }
+}
+
+/// A TAP device and its queues, owned by control. Closing the queues ends a device that was made here.
+public struct TapDevice: Sendable {
+  public let name: String
+  /// One descriptor a queue.
+  public let queues: [Int32]
+  /// Whether the device was made here, rather than found.
+  public let wasMade: Bool
+
+  /// The kernel's limit of queues a device (`MAX_TAP_QUEUES`), and far more than there are workers.
+  public static let queuesMax = 256
+  private static let path = "/dev/net/tun"
+  /// How long a device that a process just ended with stays busy: 20 to 60 ms were seen.
+  private static let busyRetries = 50
+  private static let busyRetryMicroseconds: UInt32 = 20_000
+
+  /// Attaches to the device if it exists, else makes it.
+  /// - Parameters:
+  ///   - queues: how many queues to open, from 1 on.
+  ///   - mtuBytes: set on a device that was made; nil leaves the kernel's 1500.
+  public static func open(name: String, queues: Int, mtuBytes: Int?) throws(PortError) -> TapDevice {
+    let existed = unsafe if_nametoindex(name) != 0
+    var descriptors: [Int32] = []
+    do throws(PortError) {
+      for _ in 0..<queues { descriptors.append(try openQueue(name, isMultiQueue: queues > 1, existed: existed)) }
+      if !existed { try configure(name, mtuBytes) }
+    } catch {
+      for descriptor in descriptors { Glibc.close(descriptor) }
+      throw error
+    }
+    return TapDevice(name: name, queues: descriptors, wasMade: !existed)
+  }
+
+  public func close() {
+    for queue in queues { Glibc.close(queue) }
+  }
+
+  private static func openQueue(_ name: String, isMultiQueue: Bool, existed: Bool) throws(PortError) -> Int32 {
+    let doing = "attach TAP device \(name)"
+    let descriptor = unsafe Glibc.open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC)
+    guard descriptor >= 0 else {
+      let number = errno
+      let remedy =
+        number == ENOENT || number == ENODEV
+        ? "load the kernel's TUN module (modprobe tun) or give the container /dev/net/tun"
+        : "run as root or with CAP_NET_ADMIN and access to \(path)"
+      throw PortError(doing: "open \(path) for \(name)", number: number, remedy: remedy)
+    }
+    var number = attach(descriptor, name, isMultiQueue)
+    // An existing device made for several queues wants to be opened as such, even for one.
+    if number == EINVAL && existed && !isMultiQueue { number = attach(descriptor, name, true) }
+    if number == 0, clinux_tap_set_header_bytes(descriptor, Int32(TapPort.headerBytes)) < 0 { number = errno }
+    if number == 0, clinux_tap_set_offloads(descriptor, 0) < 0 { number = errno }
+    guard number == 0 else {
+      Glibc.close(descriptor)
+      let remedy =
+        switch number {
+        case EPERM, EACCES: "run as root or with CAP_NET_ADMIN"
+        case EBUSY: "another process holds the device; stop it or choose another name"
+        case EINVAL where existed: "a device of this name exists that is no TAP with so many queues; choose another name"
+        case E2BIG: "the device has no free queue left; ask for fewer"
+        default: "see whether the name is taken (ip link show \(name))"
+        }
+      throw PortError(doing: doing, number: number, remedy: remedy, mayPass: number == EBUSY)
+    }
+    return descriptor
+  }
+
+  private static func attach(_ descriptor: Int32, _ name: String, _ isMultiQueue: Bool) -> Int32 {
+    for attempt in 0...busyRetries {
+      if unsafe clinux_tap_attach(descriptor, name, isMultiQueue ? 1 : 0) == 0 { return 0 }
+      guard errno == EBUSY, attempt < busyRetries else { return errno }
+      usleep(busyRetryMicroseconds)
+    }
+    return EBUSY
+  }
+
+  private static func configure(_ name: String, _ mtuBytes: Int?) throws(PortError) {
+    let control = socket(AF_INET, Int32(SOCK_DGRAM.rawValue) | Int32(SOCK_CLOEXEC.rawValue), 0)
+    defer { Glibc.close(control) }
+    if let mtuBytes, unsafe clinux_device_set_mtu(control, name, Int32(mtuBytes)) < 0 {
+      throw PortError(
+        doing: "set the MTU of \(name) to \(mtuBytes)", number: errno, remedy: "choose an MTU from 68 to 65521")
+    }
+    guard unsafe clinux_device_set_up(control, name) == 0 else {
+      throw PortError(doing: "bring \(name) up", number: errno, remedy: "run as root or with CAP_NET_ADMIN")
+    }
+  }
+}
