@@ -87,6 +87,14 @@ static inline int clinux_register_buffer_ring(struct io_uring *ring, void *memor
       .ring_addr = (unsigned long long)memory, .ring_entries = entries, .bgid = (unsigned short)group};
   return io_uring_register_buf_ring(ring, &registration, 0);
 }
+// liburing 2.3 declares functions for these two and leaves them out of what its shared library exports.
+static inline int clinux_register_restrictions(
+    struct io_uring *ring, struct io_uring_restriction *rules, unsigned count) {
+  return io_uring_register((unsigned)ring->ring_fd, IORING_REGISTER_RESTRICTIONS, rules, count);
+}
+static inline int clinux_enable_rings(struct io_uring *ring) {
+  return io_uring_register((unsigned)ring->ring_fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0);
+}
 static inline void clinux_allow(struct io_uring_restriction *restriction, unsigned short opcode, unsigned char value) {
   restriction->opcode = opcode;
   restriction->register_op = value;  // one byte shared by register_op, sqe_op and sqe_flags

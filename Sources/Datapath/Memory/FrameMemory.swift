@@ -85,6 +85,10 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
     return total
   }
 
+  /// Whether a slot is lent to the kernel.
+  @inline(__always)
+  public func isPosted(_ slot: Int) -> Bool { states[slot] == Self.postedMark }
+
   /// Takes a free slot to be posted to the kernel; nil when none is free.
   @inline(__always)
   public mutating func post() -> Int? {

@@ -115,7 +115,7 @@ public struct UringIO: ~Copyable, WorkerIO {
       if unsafe !Self.restrict(ring) { features.remove(.restrictions) }
     }
     if setup & UInt32(IORING_SETUP_R_DISABLED) != 0 {
-      let enabled = unsafe io_uring_enable_rings(ring)
+      let enabled = unsafe clinux_enable_rings(ring)
       if enabled < 0 {
         unsafe Self.freeRing(ring)
         throw SystemError(-enabled, doing: "enable the io_uring")
@@ -254,7 +254,7 @@ public struct UringIO: ~Copyable, WorkerIO {
     let flags = UInt8(1 << IOSQE_FIXED_FILE_BIT | 1 << IOSQE_IO_LINK_BIT | 1 << IOSQE_BUFFER_SELECT_BIT)
     unsafe clinux_allow(&rules[used], UInt16(IORING_RESTRICTION_SQE_FLAGS_ALLOWED), flags)
     used += 1
-    return unsafe io_uring_register_restrictions(ring, &rules, UInt32(used)) == 0
+    return unsafe clinux_register_restrictions(ring, &rules, UInt32(used)) == 0
   }
 
   @unsafe
