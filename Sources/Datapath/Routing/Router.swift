@@ -112,7 +112,7 @@ public struct Router: ~Copyable {
   @inline(__always)
   private static func isGroup(_ mac: UInt64) -> Bool { mac >> 40 & 1 != 0 }
 
-  private struct CacheKey: BitwiseCopyable, Equatable {
+  struct CacheKey: BitwiseCopyable, Equatable {
     let sourceAndIngress: UInt64
     let destinationAndDomain: UInt64
 
@@ -135,7 +135,11 @@ public struct Router: ~Copyable {
   }
 
   /// 32 bytes. Second 0 never comes, so an empty entry matches nothing.
-  private struct CacheEntry: BitwiseCopyable {
+  ///
+  /// Usable from inline only because other modules destroy routers, and with them a `FixedArray` of it: the compiler
+  /// (6.3.1) fails to name a private type there.
+  @usableFromInline
+  struct CacheEntry: BitwiseCopyable {
     var key = CacheKey(source: 0, destination: 0, ingress: .none, domain: .none)
     var generation: UInt32 = 0
     var second: UInt32 = 0
