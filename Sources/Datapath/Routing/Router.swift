@@ -135,6 +135,10 @@ public struct Router: ~Copyable {
   }
 
   /// 32 bytes. Second 0 never comes, so an empty entry matches nothing.
+  ///
+  /// Usable from inline only because other modules destroy routers, and with them a `FixedArray` of it: the compiler
+  /// (6.3.1) fails to name a private type there.
+  @usableFromInline
   struct CacheEntry: BitwiseCopyable {
     var key = CacheKey(source: 0, destination: 0, ingress: .none, domain: .none)
     var generation: UInt32 = 0
