@@ -1,3 +1,4 @@
+import Datapath
 import Glibc
 
 /// Why a file could not be read.
@@ -5,12 +6,7 @@ struct FileReadError: Error, Equatable {
   /// The errno; EFBIG where the file is larger than the caller takes.
   var code: CInt
 
-  var text: String { errorText(code) }
-}
-
-/// The kernel's words for an errno.
-func errorText(_ code: CInt) -> String {
-  unsafe String(cString: strerror(code))
+  var text: String { SystemError.text(code) }
 }
 
 /// Reads a whole file of at most `bytesMax` bytes, also one of /proc or /sys, whose size is not known before.

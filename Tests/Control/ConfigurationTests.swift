@@ -1,3 +1,4 @@
+import Datapath
 import Testing
 
 @testable import Control
@@ -10,9 +11,9 @@ func fixedEnvironment(
     hostName: { "this-host" },
     resolve: { name in
       guard let texts = names[name] else { return .failure("Name or service not known") }
-      return .addresses(texts.compactMap { IPAddress($0) })
+      return .addresses(texts.compactMap { UnderlayAddress($0) })
     },
-    localAddress: { remote in routes[remote.description].flatMap { IPAddress($0) } })
+    localAddress: { remote in routes[remote.description].flatMap { UnderlayAddress($0) } })
 }
 
 /// What `parse` finds wrong, one line each; empty where nothing is wrong.

@@ -1,3 +1,5 @@
+import Datapath
+
 /// What one node forwards and how: the checked, resolved, typed form of a configuration file or of a quick start.
 ///
 /// A value of this type is consistent: names are unique, every domain that is named exists, every host name is an
@@ -21,12 +23,12 @@ public struct Configuration: Equatable, Sendable {
   /// The network between the nodes, seen from here.
   public struct Underlay: Equatable, Sendable {
     /// This node's addresses, at most one of each family; empty only where there is no link.
-    public var addresses: [IPAddress]
+    public var addresses: [UnderlayAddress]
     /// The UDP port that VXLAN is received on.
     public var vxlanPort: UInt16
 
     /// This node's address of a family, if it has one.
-    public func address(of family: IPAddress.Family) -> IPAddress? {
+    public func address(of family: UnderlayAddress.Family) -> UnderlayAddress? {
       addresses.first { $0.family == family }
     }
   }

@@ -1,3 +1,5 @@
+import Datapath
+
 /// A configuration on its way: sections whose values are well-formed one by one, before they are checked together.
 struct Draft {
   var reader = Reader()
@@ -168,21 +170,21 @@ extension Draft {
 /// The addresses of both ends of the links.
 struct Ends {
   /// This node's.
-  var locals: [IPAddress]
+  var locals: [UnderlayAddress]
   /// By the index of the link; nil where it is not known, which was reported.
   var remotes: [Endpoint?]
 }
 
 extension Draft {
   /// The underlay's addresses as they were written, those that are well-formed.
-  private mutating func makeUnderlay() -> [IPAddress] {
+  private mutating func makeUnderlay() -> [UnderlayAddress] {
     guard let texts = underlay.strings("address") else { return [] }
     let place = underlay.place(of: "address")
     if texts.isEmpty { reader.report(place, "it is empty", "give an address, or leave it out") }
-    var addresses: [IPAddress] = []
+    var addresses: [UnderlayAddress] = []
     for (index, text) in texts.enumerated() {
       let elementPlace = texts.count == 1 ? place : Place(file: place.file, keyPath: "\(place.keyPath)[\(index)]")
-      guard let address = IPAddress(text) else {
+      guard let address = UnderlayAddress(text) else {
         reader.report(
           elementPlace, "\"\(text.printable)\" is no IP address",
           "use such as \"10.99.0.1\" or \"fd00::1\", without a port")
@@ -200,12 +202,12 @@ extension Draft {
     return addresses
   }
 
-  private mutating func makeEnds(_ written: [IPAddress], _ environment: ConfigurationEnvironment) -> Ends {
+  private mutating func makeEnds(_ written: [UnderlayAddress], _ environment: ConfigurationEnvironment) -> Ends {
     let isLocalGiven = !underlay.isAbsent("address")
     let isLocalKnown = isLocalGiven && !underlay.isInvalid("address") && !written.isEmpty
     var ends = Ends(locals: written, remotes: [])
     /// Which link a local address was found for.
-    var finders: [IPAddress.Family: String] = [:]
+    var finders: [UnderlayAddress.Family: String] = [:]
     for fields in links {
       let place = fields.place(of: "remote")
       guard let text = fields.string("remote"), let candidates = makeCandidates(text, at: place, environment) else {
@@ -259,7 +261,7 @@ extension Draft {
   /// The addresses that a remote may mean, and its port; nil where there is none, which was reported.
   private mutating func makeCandidates(
     _ text: String, at place: Place, _ environment: ConfigurationEnvironment
-  ) -> (addresses: [IPAddress], port: UInt16?)? {
+  ) -> (addresses: [UnderlayAddress], port: UInt16?)? {
     guard let remote = RemoteText(text) else {
       reader.report(
         place, "\"\(text.printable)\" is no address or host name",
@@ -382,7 +384,7 @@ extension Draft {
 extension Draft {
   /// Called with nothing wrong: every key has a value or a derived default.
   private func make(
-    _ tuning: Configuration.Tuning?, _ underlayWritten: [IPAddress], _ ends: Ends,
+    _ tuning: Configuration.Tuning?, _ underlayWritten: [UnderlayAddress], _ ends: Ends,
     _ environment: ConfigurationEnvironment
   ) -> Configuration {
     guard let tuning else { preconditionFailure("a tuning key without a value was not reported") }

@@ -1,3 +1,4 @@
+import Datapath
 import Glibc
 
 /// What a configuration asks of the host that it is for; tests give their own.
@@ -5,7 +6,7 @@ public struct ConfigurationEnvironment: Sendable {
   /// What a look-up of a host name gave.
   public enum Resolution: Equatable, Sendable {
     /// In the order of preference (RFC 6724); at least one.
-    case addresses([IPAddress])
+    case addresses([UnderlayAddress])
     /// Why there is none.
     case failure(String)
   }
@@ -15,11 +16,11 @@ public struct ConfigurationEnvironment: Sendable {
   /// The addresses of a host name.
   public var resolve: @Sendable (String) -> Resolution
   /// The source address of the kernel's route to an address; nil where there is no route.
-  public var localAddress: @Sendable (IPAddress) -> IPAddress?
+  public var localAddress: @Sendable (UnderlayAddress) -> UnderlayAddress?
 
   public init(
     hostName: @escaping @Sendable () -> String, resolve: @escaping @Sendable (String) -> Resolution,
-    localAddress: @escaping @Sendable (IPAddress) -> IPAddress?
+    localAddress: @escaping @Sendable (UnderlayAddress) -> UnderlayAddress?
   ) {
     self.hostName = hostName
     self.resolve = resolve
@@ -46,7 +47,7 @@ private func systemResolve(_ name: String) -> ConfigurationEnvironment.Resolutio
   let status = unsafe getaddrinfo(name, nil, &hints, &list)
   guard status == 0 else { return .failure(unsafe String(cString: gai_strerror(status))) }
   defer { unsafe freeaddrinfo(list) }
-  var addresses: [IPAddress] = []
+  var addresses: [UnderlayAddress] = []
   var next = unsafe list
   while let entry = unsafe next {
     if let address = unsafe ipAddress(of: entry.pointee.ai_addr), !addresses.contains(address) {
@@ -58,13 +59,13 @@ private func systemResolve(_ name: String) -> ConfigurationEnvironment.Resolutio
 }
 
 /// Connecting a datagram socket sends nothing, but makes the kernel choose the route and with it the source address.
-private func systemLocalAddress(toward remote: IPAddress) -> IPAddress? {
+private func systemLocalAddress(toward remote: UnderlayAddress) -> UnderlayAddress? {
   let family = remote.family == .ipv4 ? AF_INET : AF_INET6
   let descriptor = socket(family, Int32(SOCK_DGRAM.rawValue) | Int32(SOCK_CLOEXEC.rawValue), 0)
   guard descriptor >= 0 else { return nil }
   defer { close(descriptor) }
   // Any port will do: no datagram is sent. 9 is the discard service.
-  guard connectDatagramSocket(descriptor, to: Endpoint(address: remote, port: 9)) else { return nil }
+  guard connectDatagramSocket(descriptor, to: remote, port: 9) else { return nil }
   var storage = sockaddr_storage()
   var length = socklen_t(MemoryLayout<sockaddr_storage>.size)
   return unsafe withUnsafeMutablePointer(to: &storage) { pointer in
@@ -75,14 +76,13 @@ private func systemLocalAddress(toward remote: IPAddress) -> IPAddress? {
   }
 }
 
-private func connectDatagramSocket(_ descriptor: CInt, to endpoint: Endpoint) -> Bool {
-  let bytes = endpoint.address.bytes
-  switch endpoint.address.family {
+private func connectDatagramSocket(_ descriptor: CInt, to remote: UnderlayAddress, port: UInt16) -> Bool {
+  switch remote.family {
   case .ipv4:
     var address = sockaddr_in()
     address.sin_family = sa_family_t(AF_INET)
-    address.sin_port = endpoint.port.bigEndian
-    unsafe withUnsafeMutableBytes(of: &address.sin_addr) { unsafe $0.copyBytes(from: bytes) }
+    address.sin_port = port.bigEndian
+    address.sin_addr.s_addr = UInt32(truncatingIfNeeded: remote.low).bigEndian
     return unsafe withUnsafePointer(to: &address) { pointer in
       unsafe pointer.withMemoryRebound(to: sockaddr.self, capacity: 1) {
         unsafe connect(descriptor, $0, socklen_t(MemoryLayout<sockaddr_in>.size)) == 0
@@ -91,8 +91,11 @@ private func connectDatagramSocket(_ descriptor: CInt, to endpoint: Endpoint) ->
   case .ipv6:
     var address = sockaddr_in6()
     address.sin6_family = sa_family_t(AF_INET6)
-    address.sin6_port = endpoint.port.bigEndian
-    unsafe withUnsafeMutableBytes(of: &address.sin6_addr) { unsafe $0.copyBytes(from: bytes) }
+    address.sin6_port = port.bigEndian
+    let words = [remote.high.bigEndian, remote.low.bigEndian]
+    unsafe withUnsafeMutableBytes(of: &address.sin6_addr) { target in
+      unsafe words.withUnsafeBytes { unsafe target.copyMemory(from: $0) }
+    }
     return unsafe withUnsafePointer(to: &address) { pointer in
       unsafe pointer.withMemoryRebound(to: sockaddr.self, capacity: 1) {
         unsafe connect(descriptor, $0, socklen_t(MemoryLayout<sockaddr_in6>.size)) == 0
@@ -103,16 +106,20 @@ private func connectDatagramSocket(_ descriptor: CInt, to endpoint: Endpoint) ->
 
 /// The IP address of a socket address; nil for other families. The caller vouches that the pointer, unless nil, leads
 /// to a whole address of the family that it says.
-@unsafe private func ipAddress(of address: UnsafePointer<sockaddr>?) -> IPAddress? {
+@unsafe private func ipAddress(of address: UnsafePointer<sockaddr>?) -> UnderlayAddress? {
   guard let address = unsafe address else { return nil }
   switch unsafe Int32(address.pointee.sa_family) {
   case AF_INET:
     return unsafe address.withMemoryRebound(to: sockaddr_in.self, capacity: 1) { pointer in
-      unsafe withUnsafeBytes(of: pointer.pointee.sin_addr) { unsafe IPAddress(bytes: Array($0)) }
+      unsafe UnderlayAddress(ipv4: UInt32(bigEndian: pointer.pointee.sin_addr.s_addr))
     }
   case AF_INET6:
     return unsafe address.withMemoryRebound(to: sockaddr_in6.self, capacity: 1) { pointer in
-      unsafe withUnsafeBytes(of: pointer.pointee.sin6_addr) { unsafe IPAddress(bytes: Array($0)) }
+      unsafe withUnsafeBytes(of: pointer.pointee.sin6_addr) { bytes in
+        unsafe UnderlayAddress(
+          high: UInt64(bigEndian: bytes.loadUnaligned(as: UInt64.self)),
+          low: UInt64(bigEndian: bytes.loadUnaligned(fromByteOffset: 8, as: UInt64.self)))
+      }
     }
   default:
     return nil
