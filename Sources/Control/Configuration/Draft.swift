@@ -1,0 +1,457 @@
+import Datapath
+
+/// A configuration on its way: sections whose values are well-formed one by one, before they are checked together.
+struct Draft {
+  var reader = Reader()
+  var node: Fields
+  var underlay: Fields
+  var domains: [Fields] = []
+  var ports: [Fields] = []
+  var links: [Fields] = []
+  var tuning: Fields
+
+  init(sections: [Fields], file: String?, reader: Reader) {
+    self.reader = reader
+    func one(_ section: Schema.Section) -> Fields {
+      sections.first { $0.section == section } ?? Fields(section, at: Place(file: file, keyPath: section.rawValue))
+    }
+    func all(_ section: Schema.Section) -> [Fields] { sections.filter { $0.section == section } }
+    node = one(.node)
+    underlay = one(.underlay)
+    domains = all(.domain)
+    ports = all(.port)
+    links = all(.link)
+    tuning = one(.tuning)
+  }
+
+  /// Sets tuning keys that were given as flags, by the keys' names. A name that is none is the caller's error.
+  mutating func override(_ overrides: [String: String]) {
+    for definition in Schema.tuningKeys {
+      guard let text = overrides[definition.key] else { continue }
+      reader.set(definition, of: &tuning, toFlagText: text)
+    }
+  }
+
+  /// Checks everything together and makes the configuration; throws every error that was found from the start.
+  mutating func finish(_ environment: ConfigurationEnvironment) throws(ConfigurationErrors) -> Configuration {
+    checkNames()
+    checkDevices()
+    checkDomains()
+    let tuning = makeTuning()
+    let underlay = makeUnderlay()
+    let ends = makeEnds(underlay, environment)
+    checkLinksSharingDomains(ends)
+    guard reader.errors.isEmpty else { throw ConfigurationErrors(errors: reader.errors) }
+    return make(tuning, underlay, ends, environment)
+  }
+}
+
+// MARK: - Checks across sections
+
+extension Draft {
+  private mutating func checkNames() {
+    if let name = node.string("name") { checkName(name, at: node.place(of: "name")) }
+    checkUnique("name", of: domains, areNames: true)
+    // Ports and links share the names of routes: `port:NAME`, `link:NAME`.
+    checkUnique("name", of: ports + links, areNames: true)
+  }
+
+  private mutating func checkUnique(_ key: String, of sections: [Fields], areNames: Bool) {
+    var owners: [String: Place] = [:]
+    for fields in sections {
+      guard let value = fields.value(key) else { continue }
+      let place = fields.place(of: key)
+      if areNames, case .string(let name) = value { checkName(name, at: place) }
+      if let owner = owners[value.description] {
+        reader.report(place, "\(value.description.printable) is taken by \(owner.keyPath)", "use one of its own")
+      } else {
+        owners[value.description] = place
+      }
+    }
+  }
+
+  private mutating func checkName(_ name: String, at place: Place) {
+    let isWellFormed =
+      !name.isEmpty && name.utf8.count <= Schema.nameCharactersMax
+      && name.utf8.allSatisfy { isLetterOrDigit($0) || "._-:[]".utf8.contains($0) }
+    if !isWellFormed {
+      reader.report(
+        place, "\"\(name.printable)\" is no name",
+        "use 1 to \(Schema.nameCharactersMax) letters, digits and . _ - : [ ]")
+    }
+  }
+
+  private mutating func checkDevices() {
+    var owners: [String: Place] = [:]
+    for fields in ports where !fields.isInvalid("device") {
+      guard let device = fields.string("device") ?? fields.string("name") else { continue }
+      let isFromName = fields.isAbsent("device")
+      let place = fields.place(of: isFromName ? "name" : "device")
+      if let problem = Self.deviceNameProblem(device) {
+        reader.report(
+          place, "\"\(device.printable)\" is no device name: \(problem)",
+          isFromName ? "set device: a port's name is the device's unless it is set" : "use such as \"vm1\"")
+      } else if let owner = owners[device] {
+        // Two ports of one name without devices were reported as such.
+        if !(isFromName && owner.keyPath.hasSuffix("name")) {
+          reader.report(
+            place, "device \"\(device)\" is taken by \(owner.keyPath)", "give each port a device of its own")
+        }
+      } else {
+        owners[device] = place
+      }
+    }
+  }
+
+  private mutating func checkDomains() {
+    for (section, sections) in [(Schema.Section.domain, domains), (.port, ports)] where sections.isEmpty {
+      // A section that could not be read was reported.
+      guard !reader.errors.contains(where: { $0.keyPath == section.rawValue }) else { continue }
+      reader.report(
+        Place(file: node.place.file, keyPath: section.rawValue), "there is no \(section.header)",
+        "add one: without it nothing is forwarded")
+    }
+    checkUnique("vni", of: domains, areNames: false)
+    for fields in ports {
+      if let name = fields.string("domain") {
+        checkDomainExists(name, at: fields.place(of: "domain"))
+      } else if fields.isAbsent("domain") && domains.count > 1 {
+        reader.report(
+          fields.place(of: "domain"), "it is missing, and there are \(domains.count) domains",
+          "set it to one of \(domainNames.joined(separator: ", "))")
+      }
+    }
+    for fields in links {
+      guard let names = fields.strings("domains") else { continue }
+      let place = fields.place(of: "domains")
+      if names.isEmpty { reader.report(place, "it is empty", "name a domain, or leave it out to carry every domain") }
+      for (index, name) in names.enumerated() {
+        let elementPlace = Place(file: place.file, keyPath: "\(place.keyPath)[\(index)]")
+        checkDomainExists(name, at: elementPlace)
+        if names[..<index].contains(name) {
+          reader.report(elementPlace, "\"\(name.printable)\" comes twice", "name it once")
+        }
+      }
+    }
+  }
+
+  private var domainNames: [String] { domains.compactMap { $0.string("name") } }
+
+  private mutating func checkDomainExists(_ name: String, at place: Place) {
+    // Where a domain's own name could not be read, it may be the one that is meant.
+    guard !domainNames.contains(name), !domains.contains(where: { $0.isInvalid("name") }) else { return }
+    reader.report(
+      place, "no domain is called \"\(name.printable)\"", remedy(for: name, in: domainNames, called: "domains"))
+  }
+
+  /// A datagram's source address is all that says which link it came over.
+  private mutating func checkLinksSharingDomains(_ ends: Ends) {
+    for (index, fields) in links.enumerated() {
+      guard let end = ends.remotes[index], let mine = carried(by: fields) else { continue }
+      for (earlierIndex, earlier) in links[..<index].enumerated() {
+        guard ends.remotes[earlierIndex]?.address == end.address, let theirs = carried(by: earlier) else { continue }
+        guard let shared = mine.first(where: theirs.contains) else { continue }
+        reader.report(
+          fields.place(of: "remote"),
+          "\(end.address) is the remote of \(earlier.place(of: "remote").keyPath) too, and both carry domain \"\(shared)\"",
+          "use one link, or give the links different domains")
+        break
+      }
+    }
+  }
+
+  private func carried(by link: Fields) -> [String]? {
+    link.isInvalid("domains") ? nil : link.strings("domains") ?? domainNames
+  }
+}
+
+// MARK: - Addresses
+
+/// The addresses of both ends of the links.
+struct Ends {
+  /// This node's.
+  var locals: [UnderlayAddress]
+  /// By the index of the link; nil where it is not known, which was reported.
+  var remotes: [Endpoint?]
+}
+
+extension Draft {
+  /// The underlay's addresses as they were written, those that are well-formed.
+  private mutating func makeUnderlay() -> [UnderlayAddress] {
+    guard let texts = underlay.strings("address") else { return [] }
+    let place = underlay.place(of: "address")
+    if texts.isEmpty { reader.report(place, "it is empty", "give an address, or leave it out") }
+    var addresses: [UnderlayAddress] = []
+    for (index, text) in texts.enumerated() {
+      let elementPlace = texts.count == 1 ? place : Place(file: place.file, keyPath: "\(place.keyPath)[\(index)]")
+      guard let address = UnderlayAddress(text) else {
+        reader.report(
+          elementPlace, "\"\(text.printable)\" is no IP address",
+          "use such as \"10.99.0.1\" or \"fd00::1\", without a port")
+        continue
+      }
+      if let reason = address.reasonNotUnicast {
+        reader.report(elementPlace, "\(address) \(reason)", "use an address of this node that the others can reach")
+      } else if let other = addresses.first(where: { $0.family == address.family }) {
+        reader.report(
+          elementPlace, "\(address) is the second \(address.family) address after \(other)", "give one of each family")
+      } else {
+        addresses.append(address)
+      }
+    }
+    return addresses
+  }
+
+  private mutating func makeEnds(_ written: [UnderlayAddress], _ environment: ConfigurationEnvironment) -> Ends {
+    let isLocalGiven = !underlay.isAbsent("address")
+    let isLocalKnown = isLocalGiven && !underlay.isInvalid("address") && !written.isEmpty
+    var ends = Ends(locals: written, remotes: [])
+    /// Which link a local address was found for.
+    var finders: [UnderlayAddress.Family: String] = [:]
+    for fields in links {
+      let place = fields.place(of: "remote")
+      guard let text = fields.string("remote"), let candidates = makeCandidates(text, at: place, environment) else {
+        ends.remotes.append(nil)
+        continue
+      }
+      let port = candidates.port ?? UInt16(underlay.integer("vxlan_port") ?? 0)
+      guard isLocalGiven else {
+        let routed = candidates.addresses.lazy.compactMap { remote in
+          environment.localAddress(remote).map { (remote: remote, local: $0) }
+        }.first
+        guard let routed else {
+          reader.report(
+            place, "there is no route to \(candidates.addresses[0])", "add a route, or set address in [underlay]")
+          ends.remotes.append(nil)
+          continue
+        }
+        if let local = ends.locals.first(where: { $0.family == routed.local.family }) {
+          if local != routed.local {
+            reader.report(
+              place,
+              "the route to \(routed.remote) starts from \(routed.local), that of "
+                + "\(finders[local.family] ?? "another link") from \(local)",
+              "say which one is meant: address in [underlay], or --address")
+          }
+        } else {
+          ends.locals.append(routed.local)
+          finders[routed.local.family] = place.keyPath
+        }
+        ends.remotes.append(Endpoint(address: routed.remote, port: port))
+        continue
+      }
+      let families = written.map(\.family)
+      guard let address = candidates.addresses.first(where: { families.contains($0.family) }) else {
+        if isLocalKnown {
+          let family = candidates.addresses[0].family
+          reader.report(
+            place,
+            "\(candidates.addresses[0]) is an \(family) address, and \(underlay.place(of: "address").keyPath) has none",
+            "add an \(family) address there")
+        }
+        ends.remotes.append(nil)
+        continue
+      }
+      ends.remotes.append(Endpoint(address: address, port: port))
+    }
+    checkLinksToSelf(ends)
+    return ends
+  }
+
+  /// The addresses that a remote may mean, and its port; nil where there is none, which was reported.
+  private mutating func makeCandidates(
+    _ text: String, at place: Place, _ environment: ConfigurationEnvironment
+  ) -> (addresses: [UnderlayAddress], port: UInt16?)? {
+    guard let remote = RemoteText(text) else {
+      reader.report(
+        place, "\"\(text.printable)\" is no address or host name",
+        "use such as \"10.99.0.2\", \"10.99.0.2:4790\", \"[fd00::2]:4790\" or \"host-b\"")
+      return nil
+    }
+    switch remote.host {
+    case .address(let address):
+      if let reason = address.reasonNotUnicast {
+        reader.report(place, "\(address) \(reason)", "use the other node's own address")
+        return nil
+      }
+      return ([address], remote.port)
+    case .name(let name):
+      switch environment.resolve(name) {
+      case .failure(let reason):
+        reader.report(
+          place, "host name \"\(name)\" does not resolve: \(reason)", "check it, or use the other node's address")
+        return nil
+      case .addresses(let addresses):
+        let usable = addresses.filter { $0.reasonNotUnicast == nil }
+        guard !usable.isEmpty else {
+          reader.report(
+            place, "host name \"\(name)\" has no address that a link can use", "use the other node's address")
+          return nil
+        }
+        return (usable, remote.port)
+      }
+    }
+  }
+
+  private mutating func checkLinksToSelf(_ ends: Ends) {
+    for (fields, end) in zip(links, ends.remotes) {
+      guard let end, ends.locals.contains(end.address), Int(end.port) == underlay.integer("vxlan_port") else {
+        continue
+      }
+      reader.report(fields.place(of: "remote"), "\(end) is this node itself", "use the other node's address")
+    }
+  }
+}
+
+// MARK: - Tuning
+
+extension Draft {
+  /// nil where something was reported.
+  private mutating func makeTuning() -> Configuration.Tuning? {
+    if let upper = tuning.integer("dispatch_upper_fps"), let lower = tuning.integer("dispatch_lower_fps"), lower > upper
+    {
+      reader.report(
+        tuning.place(of: "dispatch_lower_fps"), "\(lower) is above dispatch_upper_fps, which is \(upper)",
+        "use at most \(upper)")
+    }
+    var cpus: [Int]?
+    if let text = tuning.string("cpus"), text != "auto" { cpus = makeCPUs(text, at: tuning.place(of: "cpus")) }
+    guard let layout = choice("layout", Configuration.Layout.self),
+      let dispatch = choice("dispatch", Configuration.Dispatch.self),
+      let yield = choice("yield", Configuration.Yield.self),
+      let io = choice("io", Configuration.IO.self),
+      let hugePages = choice("huge_pages", Configuration.HugePages.self),
+      let without = tuning.strings("without"),
+      let ringEntries = tuning.integer("ring_entries"),
+      let batchFrames = tuning.integer("batch_frames"),
+      let batchWait = tuning.integer("batch_wait_us"),
+      let spin = tuning.integer("spin_us"),
+      let slots = tuning.integer("slots"),
+      let sendBuffer = tuning.integer("send_buffer_bytes"),
+      let receiveBuffer = tuning.integer("receive_buffer_bytes"),
+      let upper = tuning.integer("dispatch_upper_fps"),
+      let lower = tuning.integer("dispatch_lower_fps"),
+      let period = tuning.integer("dispatch_period_ms"),
+      let sourcePorts = tuning.integer("source_ports")
+    else { return nil }
+    return Configuration.Tuning(
+      layout: layout, cpus: cpus, dispatch: dispatch, yield: yield, io: io, ringEntries: ringEntries,
+      batchFrames: batchFrames, batchWaitMicroseconds: batchWait, spinMicroseconds: spin, slots: slots,
+      sendBufferBytes: sendBuffer, receiveBufferBytes: receiveBuffer, dispatchUpperFramesPerSecond: upper,
+      dispatchLowerFramesPerSecond: lower, dispatchPeriodMilliseconds: period, sourcePorts: sourcePorts,
+      hugePages: hugePages, without: Set(without.compactMap(Configuration.UringFeature.init(rawValue:))))
+  }
+
+  private func choice<Words: RawRepresentable<String>>(_ key: String, _ type: Words.Type) -> Words? {
+    tuning.string(key).flatMap(Words.init(rawValue:))
+  }
+
+  private mutating func makeCPUs(_ text: String, at place: Place) -> [Int]? {
+    if isStageList(text) {
+      reader.report(
+        place, "CPUs by stage are not supported yet by this version", "list them, such as \"0,1\", or use \"auto\"")
+      return nil
+    }
+    var cpus: [Int] = []
+    for part in text.split(separator: ",", omittingEmptySubsequences: false) {
+      guard let cpu = Int(part), part.utf8.allSatisfy({ $0 >= 0x30 && $0 <= 0x39 }), cpu <= Schema.cpuMax else {
+        reader.report(
+          place, "\"\(text.printable)\" is no list of CPUs",
+          "list numbers from 0 to \(Schema.cpuMax), such as \"0,1\", or use \"auto\"")
+        return nil
+      }
+      if cpus.contains(cpu) {
+        reader.report(place, "CPU \(cpu) comes twice", "name it once: each worker has a CPU of its own")
+        return nil
+      }
+      cpus.append(cpu)
+    }
+    return cpus
+  }
+
+  /// Whether the text is of the form `rx=0 route=1 tx=2`.
+  private func isStageList(_ text: String) -> Bool {
+    let parts = text.split(separator: " ")
+    return !parts.isEmpty
+      && parts.allSatisfy { part in
+        ["rx=", "route=", "tx="].contains { part.hasPrefix($0) && !part.dropFirst($0.count).isEmpty }
+      }
+  }
+}
+
+// MARK: - The result
+
+extension Draft {
+  /// Called with nothing wrong: every key has a value or a derived default.
+  private func make(
+    _ tuning: Configuration.Tuning?, _ underlayWritten: [UnderlayAddress], _ ends: Ends,
+    _ environment: ConfigurationEnvironment
+  ) -> Configuration {
+    guard let tuning else { preconditionFailure("a tuning key without a value was not reported") }
+    let names = domainNames
+    return Configuration(
+      node: .init(name: node.string("name") ?? environment.hostName()),
+      underlay: .init(addresses: ends.locals, vxlanPort: UInt16(underlay.known("vxlan_port", Fields.integer))),
+      domains: domains.map { fields in
+        Configuration.Domain(
+          name: fields.known("name", Fields.string), vni: UInt32(fields.known("vni", Fields.integer)),
+          forwarding: fields.word("forwarding"), ageingSeconds: fields.known("ageing_s", Fields.integer),
+          macsMax: fields.known("macs_max", Fields.integer))
+      },
+      ports: ports.map { fields in
+        let name = fields.known("name", Fields.string)
+        return Configuration.Port(
+          name: name, kind: fields.word("kind"), device: fields.string("device") ?? name,
+          domain: fields.string("domain") ?? names[0], queues: fields.known("queues", Fields.integer),
+          mtuBytes: fields.integer("mtu"))
+      },
+      links: zip(links, ends.remotes).map { fields, remote in
+        guard let remote else { preconditionFailure("a link without a remote was not reported") }
+        let carried = fields.strings("domains") ?? names
+        return Configuration.Link(
+          name: fields.known("name", Fields.string), remote: remote, encapsulation: fields.word("encapsulation"),
+          domains: names.filter(carried.contains), reservedBits: fields.word("reserved_bits"))
+      },
+      tuning: tuning)
+  }
+}
+
+extension Fields {
+  /// The value of a key that is required or has a default, once nothing is wrong.
+  fileprivate func known<Value>(_ key: String, _ read: (Fields) -> (String) -> Value?) -> Value {
+    guard let value = read(self)(key) else { preconditionFailure("\(section).\(key) has no value") }
+    return value
+  }
+
+  fileprivate func word<Words: RawRepresentable<String>>(_ key: String) -> Words {
+    guard let word = Words(rawValue: known(key, Fields.string)) else {
+      preconditionFailure("\(section).\(key) has a value outside of the schema")
+    }
+    return word
+  }
+}
+
+extension Draft {
+  /// Why a text can be no network device's name; nil where it can. Follows dev_valid_name of the kernel's
+  /// net/core/dev.c; `%` would be a pattern to TUNSETIFF.
+  static func deviceNameProblem(_ name: String) -> String? {
+    if name.isEmpty { return "it is empty" }
+    if name.utf8.count > Schema.deviceNameBytesMax {
+      return "it has \(name.utf8.count) bytes, and \(Schema.deviceNameBytesMax) is the most"
+    }
+    if name == "." || name == ".." { return "the kernel refuses it" }
+    let isAllowed = { (byte: UInt8) in byte > 0x20 && byte < 0x7F && !"/:%".utf8.contains(byte) }
+    return name.utf8.allSatisfy(isAllowed) ? nil : "it holds a space, / : % or a character outside of ASCII"
+  }
+}
+
+extension String {
+  /// The text on one line, without control characters, cut where it is very long: for error messages.
+  var printable: String {
+    let lengthMax = 80
+    let escaped = unicodeScalars.prefix(lengthMax).map { scalar in
+      scalar.value < 0x20 || scalar.value == 0x7F ? "\\u{\(String(scalar.value, radix: 16))}" : String(scalar)
+    }.joined()
+    return unicodeScalars.count > lengthMax ? escaped + "…" : escaped
+  }
+}

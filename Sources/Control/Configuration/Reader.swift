@@ -1,0 +1,298 @@
+import TOMLKit
+
+/// Where a value was written: in a file under a key path, or on the command line as a flag.
+struct Place: Equatable {
+  /// nil: the command line.
+  var file: String?
+  var keyPath: String
+}
+
+/// One section as it was written: values of the right type and range, and where each stands.
+///
+/// A key is in one of three states: it has a value (its own or the default), it is absent, or it is invalid. An invalid
+/// key has had its error reported: later checks pass over it.
+struct Fields {
+  let section: Schema.Section
+  /// Where the section stands: `port[1]`, or a flag.
+  let place: Place
+  private var values: [String: Schema.Value] = [:]
+  private var places: [String: Place] = [:]
+  private var invalid: Set<String> = []
+
+  /// A section in which nothing is set: every key has its default, if it has one.
+  init(_ section: Schema.Section, at place: Place) {
+    self.section = section
+    self.place = place
+    for definition in Schema.keys(of: section) {
+      if case .value(let value) = definition.defaultValue { values[definition.key] = value }
+    }
+  }
+
+  mutating func set(_ key: String, to value: Schema.Value, at place: Place? = nil) {
+    values[key] = value
+    places[key] = place
+    invalid.remove(key)
+  }
+
+  mutating func setInvalid(_ key: String) {
+    values[key] = nil
+    invalid.insert(key)
+  }
+
+  func isInvalid(_ key: String) -> Bool { invalid.contains(key) }
+
+  /// Whether the key was left out and has no default of its own.
+  func isAbsent(_ key: String) -> Bool { values[key] == nil && !invalid.contains(key) }
+
+  /// Where a key stands, or would stand.
+  func place(of key: String) -> Place {
+    places[key] ?? Place(file: place.file, keyPath: "\(place.keyPath).\(key)")
+  }
+
+  func value(_ key: String) -> Schema.Value? { values[key] }
+
+  func string(_ key: String) -> String? {
+    guard case .string(let text)? = values[key] else { return nil }
+    return text
+  }
+
+  func integer(_ key: String) -> Int? {
+    guard case .integer(let number)? = values[key] else { return nil }
+    return number
+  }
+
+  func strings(_ key: String) -> [String]? {
+    guard case .strings(let texts)? = values[key] else { return nil }
+    return texts
+  }
+}
+
+/// Reads sections by the schema and keeps every error that it finds.
+struct Reader {
+  private(set) var errors: [ConfigurationError] = []
+
+  mutating func report(_ place: Place, _ problem: String, _ remedy: String) {
+    errors.append(
+      ConfigurationError(file: place.file, keyPath: place.keyPath, problem: problem, remedy: remedy))
+  }
+
+  /// Parses TOML and reads its sections in the order of the schema. Sections that may come once and are left out are
+  /// read as empty ones. After a syntax error there are no sections, for nothing is known of the rest of the file.
+  mutating func read(_ text: String, file: String) -> [Fields] {
+    // TOMLKit hands strings on as C strings: a NUL would cut them off in silence.
+    if text.utf8.contains(0) || text.contains("\\u0000") || text.contains("\\U00000000") {
+      report(Place(file: file, keyPath: ""), "it holds a NUL character", "take it out")
+      return []
+    }
+    let table: TOMLTable
+    do {
+      table = try TOMLTable(string: text)
+    } catch let error as TOMLParseError {
+      errors.append(
+        ConfigurationError(
+          file: file,
+          position: .init(line: error.source.begin.line, column: error.source.begin.column),
+          keyPath: "", problem: "it is not TOML: \(oneLine(error.description))", remedy: "see https://toml.io"))
+      return []
+    } catch {
+      report(Place(file: file, keyPath: ""), "it cannot be parsed: \(oneLine("\(error)"))", "see https://toml.io")
+      return []
+    }
+    for name in table.keys where Schema.Section(rawValue: name) == nil {
+      let owners = Schema.keys.filter { $0.key == name && $0.isSupported }.map(\.section)
+      report(
+        Place(file: file, keyPath: name), "there is no such section",
+        owners.isEmpty
+          ? remedy(for: name, in: Schema.Section.allCases.map(\.rawValue), called: "sections")
+          : "it is a key of \(owners.map(\.header).joined(separator: " and "))")
+    }
+    return Schema.Section.allCases.flatMap { section in
+      read(section, of: table[section.rawValue], file: file)
+    }
+  }
+
+  /// Reads one section of any number of tables.
+  private mutating func read(
+    _ section: Schema.Section, of node: (any TOMLValueConvertible)?, file: String
+  ) -> [Fields] {
+    let place = Place(file: file, keyPath: section.rawValue)
+    guard let node else { return section.isArray ? [] : [Fields(section, at: place)] }
+    guard section.isSupported else {
+      report(place, "\(section.header) is not supported yet by this version", "leave it out")
+      return []
+    }
+    if section.isArray {
+      guard let array = node.array, array.allSatisfy({ $0.table != nil }) else {
+        report(place, "it is \(described(node))", "open each one with \(section.header)")
+        return []
+      }
+      return array.enumerated().compactMap { index, element in
+        guard let table = element.table else { return nil }
+        return read(section, table, at: Place(file: file, keyPath: "\(section.rawValue)[\(index)]"))
+      }
+    }
+    guard let table = node.table else {
+      report(place, "it is \(described(node))", "open it, once, with \(section.header)")
+      return [Fields(section, at: place)]
+    }
+    return [read(section, table, at: place)]
+  }
+
+  private mutating func read(_ section: Schema.Section, _ table: TOMLTable, at place: Place) -> Fields {
+    var fields = Fields(section, at: place)
+    let definitions = Schema.keys(of: section)
+    for key in table.keys where !definitions.contains(where: { $0.key == key }) {
+      let owners = Schema.keys.filter { $0.key == key && $0.isSupported }.map(\.section.header)
+      let known = definitions.filter(\.isSupported).map(\.key)
+      report(
+        Place(file: place.file, keyPath: "\(place.keyPath).\(key)"), "there is no such key in \(section.header)",
+        nearest(to: key, in: known) == nil && !owners.isEmpty
+          ? "it is a key of \(owners.joined(separator: " and "))"
+          : remedy(for: key, in: known, called: "keys"))
+    }
+    for definition in definitions {
+      guard let node = table[definition.key] else {
+        if definition.defaultValue == .required {
+          report(fields.place(of: definition.key), "it is missing", "set it: \(definition.help)")
+          fields.setInvalid(definition.key)
+        }
+        continue
+      }
+      guard let value = value(of: node) else {
+        report(fields.place(of: definition.key), "it is \(described(node))", "write \(definition.expectation)")
+        fields.setInvalid(definition.key)
+        continue
+      }
+      set(definition, of: &fields, to: value)
+    }
+    return fields
+  }
+
+  /// Sets a key that was given as a flag: its text is read by the key's kind, and its place is the flag.
+  mutating func set(_ definition: Schema.KeyDefinition, of fields: inout Fields, toFlagText text: String) {
+    let value: Schema.Value
+    switch definition.kind {
+    case .integer:
+      guard let number = Int(text) else {
+        report(
+          Place(file: nil, keyPath: definition.flag), "\"\(text)\" is no integer", "give \(definition.expectation)")
+        fields.setInvalid(definition.key)
+        return
+      }
+      value = .integer(number)
+    case .boolean:
+      guard let flag = Bool(text) else {
+        report(
+          Place(file: nil, keyPath: definition.flag), "\"\(text)\" is no boolean", "give \(definition.expectation)")
+        fields.setInvalid(definition.key)
+        return
+      }
+      value = .boolean(flag)
+    case .string, .choice:
+      value = .string(text)
+    case .strings, .stringOrStrings, .choices:
+      value = .strings(
+        text.isEmpty ? [] : text.split(separator: ",", omittingEmptySubsequences: false).map(String.init))
+    }
+    set(definition, of: &fields, to: value, at: Place(file: nil, keyPath: definition.flag))
+  }
+
+  /// Sets a key if its value is of the right type, range and among the right words; reports an error otherwise.
+  private mutating func set(
+    _ definition: Schema.KeyDefinition, of fields: inout Fields, to value: Schema.Value, at place: Place? = nil
+  ) {
+    let errorPlace = place ?? fields.place(of: definition.key)
+    guard definition.isSupported else {
+      report(errorPlace, "it is not supported yet by this version", "leave it out")
+      fields.setInvalid(definition.key)
+      return
+    }
+    if let (problem, remedy) = definition.objection(to: value) {
+      report(errorPlace, problem, remedy)
+      fields.setInvalid(definition.key)
+      return
+    }
+    if case (.stringOrStrings, .string(let text)) = (definition.kind, value) {
+      fields.set(definition.key, to: .strings([text]), at: place)
+    } else {
+      fields.set(definition.key, to: value, at: place)
+    }
+  }
+
+  private func value(of node: any TOMLValueConvertible) -> Schema.Value? {
+    switch node.type {
+    case .string: node.string.map(Schema.Value.string)
+    case .bool: node.bool.map(Schema.Value.boolean)
+    case .int: node.int.map(Schema.Value.integer)
+    case .array:
+      node.array.flatMap { array in
+        let texts = array.compactMap(\.string)
+        return texts.count == array.count ? Schema.Value.strings(texts) : nil
+      }
+    case .table, .double, .date, .time, .dateTime: nil
+    }
+  }
+
+  private func described(_ node: any TOMLValueConvertible) -> String {
+    switch node.type {
+    case .array: "an array"
+    case .int: "an integer"
+    default: "a \(node.type)"
+    }
+  }
+
+  private func oneLine(_ text: String) -> String {
+    text.split(whereSeparator: \.isNewline).joined(separator: " ")
+  }
+}
+
+extension Schema.KeyDefinition {
+  /// What may be written for the key, in words.
+  var expectation: String {
+    switch kind {
+    case .string: "a string"
+    case .boolean: "true or false"
+    case .integer(let range): "an integer from \(range.lowerBound) to \(range.upperBound)"
+    case .choice(let words): words.count == 1 ? "\"\(words[0])\"" : "one of " + quoted(words)
+    case .strings: "an array of strings"
+    case .stringOrStrings: "a string or an array of strings"
+    case .choices(let words): "an array of some of " + quoted(words)
+    }
+  }
+
+  /// What is wrong with a value, and what would be right; nil where it is right.
+  func objection(to value: Schema.Value) -> (problem: String, remedy: String)? {
+    if valuesNotYetSupported.contains(value) {
+      return ("\(value) is not supported yet by this version", "use \(expectation(whenRefused: value))")
+    }
+    switch (kind, value) {
+    case (.string, .string), (.strings, .strings), (.stringOrStrings, .string), (.stringOrStrings, .strings),
+      (.boolean, .boolean):
+      return nil
+    case (.integer(let range), .integer(let number)):
+      return range.contains(number) ? nil : ("\(number) is out of range", "use \(expectation)")
+    case (.choice(let words), .string(let word)):
+      return words.contains(word)
+        ? nil : ("\"\(word)\" is no value of it", remedy(for: word, in: words, called: "values"))
+    case (.choices(let words), .strings(let given)):
+      for (index, word) in given.enumerated() {
+        guard words.contains(word) else {
+          return ("\"\(word)\" is no value of it", remedy(for: word, in: words, called: "values"))
+        }
+        if given[..<index].contains(word) { return ("\"\(word)\" comes twice", "name it once") }
+      }
+      return nil
+    default:
+      return ("\(value) is of the wrong type", "write \(expectation)")
+    }
+  }
+
+  private func expectation(whenRefused value: Schema.Value) -> String {
+    if case .boolean(let flag) = value { return "\(!flag)" }
+    return expectation
+  }
+
+  private func quoted(_ words: [String]) -> String {
+    words.map { "\"\($0)\"" }.joined(separator: ", ")
+  }
+}

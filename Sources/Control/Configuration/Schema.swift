@@ -1,0 +1,313 @@
+/// Every key of a configuration, declared once.
+///
+/// This table drives the reader (types, ranges, defaults, unknown keys and what was meant instead), the tuning flags of
+/// `vnetr run`, and the reference in docs/configuration.md.
+public enum Schema {
+  /// A section of the file.
+  public enum Section: String, CaseIterable, Sendable {
+    case node
+    case underlay
+    case domain
+    case port
+    case link
+    case route
+    case passthrough
+    case tuning
+
+    /// Whether the section may come several times, as `[[name]]`.
+    public var isArray: Bool {
+      switch self {
+      case .node, .underlay, .tuning: false
+      case .domain, .port, .link, .route, .passthrough: true
+      }
+    }
+
+    /// Whether this version does anything with the section.
+    public var isSupported: Bool { self != .route && self != .passthrough }
+
+    /// The header that opens the section in a file.
+    public var header: String { isArray ? "[[\(rawValue)]]" : "[\(rawValue)]" }
+
+    /// What the section is for.
+    var help: String {
+      switch self {
+      case .node: "This node."
+      case .underlay: "The network between the nodes, seen from here."
+      case .domain: "One isolated Ethernet. Ports and links belong to it. At least one is needed."
+      case .port: "A place where frames enter and leave locally. At least one is needed."
+      case .link:
+        "A connection to another node. Without any, the node is a local switch. "
+          + "Links are neither encrypted nor authenticated."
+      case .route: "A VNET rule, for domains with `forwarding = \"routes\"`."
+      case .passthrough: "Two ports wired together, without a lookup."
+      case .tuning:
+        "What makes it fast or slow, never what is right. Every key is also a flag of `vnetr run`, and the flag wins."
+      }
+    }
+  }
+
+  /// What values a key takes.
+  public enum Kind: Equatable, Sendable {
+    /// Any text; what it means is checked later.
+    case string
+    case boolean
+    case integer(ClosedRange<Int>)
+    /// One of some words.
+    case choice([String])
+    /// Several texts.
+    case strings
+    /// One text or several.
+    case stringOrStrings
+    /// Several of some words, none twice.
+    case choices([String])
+  }
+
+  /// What holds where a key is not set.
+  public enum Default: Equatable, Sendable {
+    /// The key must be set.
+    case required
+    case value(Value)
+    /// Worked out from something else; the text says from what.
+    case derived(String)
+  }
+
+  /// A value of a key.
+  public enum Value: Equatable, Sendable, CustomStringConvertible {
+    case string(String)
+    case boolean(Bool)
+    case integer(Int)
+    case strings([String])
+
+    /// The value as TOML.
+    public var description: String {
+      switch self {
+      case .string(let text): "\"\(text)\""
+      case .boolean(let flag): "\(flag)"
+      case .integer(let number): "\(number)"
+      case .strings(let texts): "[" + texts.map { "\"\($0)\"" }.joined(separator: ", ") + "]"
+      }
+    }
+  }
+
+  /// One key.
+  public struct KeyDefinition: Sendable {
+    public var section: Section
+    public var key: String
+    public var kind: Kind
+    public var defaultValue: Default
+    /// Values that the design has and this version refuses.
+    public var valuesNotYetSupported: [Value]
+    /// Whether this version does anything with the key.
+    public var isSupported: Bool
+    /// What the key does, as whole sentences.
+    public var help: String
+
+    init(
+      _ section: Section, _ key: String, _ kind: Kind, default defaultValue: Default, later: [Value] = [],
+      isSupported: Bool = true, _ help: String
+    ) {
+      self.section = section
+      self.key = key
+      self.kind = kind
+      self.defaultValue = defaultValue
+      valuesNotYetSupported = later
+      self.isSupported = isSupported
+      self.help = help
+    }
+
+    /// A key that the design has and this version refuses.
+    static func later(_ section: Section, _ key: String, _ help: String) -> KeyDefinition {
+      KeyDefinition(section, key, .string, default: .derived("unset"), isSupported: false, help)
+    }
+
+    /// The key as a flag of `vnetr run`.
+    public var flag: String { "--" + key.map { $0 == "_" ? "-" : String($0) }.joined() }
+  }
+
+  /// The VNI has 24 bits (RFC 7348, section 5).
+  static let vniMax = 1 << 24 - 1
+  /// The most MAC addresses that a domain may learn: 16 MiB of table at 16 bytes an entry.
+  static let macsMax = 1 << 20
+  /// A day: an address that is silent for longer is not worth keeping.
+  static let ageingSecondsMax = 86_400
+  /// More queues than the largest host has cores for forwarding only cost memory.
+  static let queuesMax = 16
+  /// RFC 791: every IPv4 host takes 68 bytes; the kernel takes no smaller MTU for an Ethernet device.
+  static let mtuBytesMin = 68
+  /// An IPv4 datagram's 65,535 bytes less IPv4 (20), UDP (8) and VXLAN (8) headers and an inner Ethernet header with
+  /// two VLAN tags (22).
+  static let mtuBytesMax = 65_535 - 20 - 8 - 8 - 22
+  /// IORING_MAX_ENTRIES of the kernel's io_uring/io_uring.h.
+  static let ringEntriesMax = 32_768
+  /// The largest buffer that a 32-bit socket option, which the kernel doubles, can ask for.
+  static let socketBufferBytesMax = 1 << 30 - 1
+  /// Room for a host name of 253 characters, brackets or a colon, and a port.
+  static let nameCharactersMax = 260
+  /// IFNAMSIZ of linux/if.h, less the byte that ends the name.
+  static let deviceNameBytesMax = 15
+  /// CPU_SETSIZE of sched.h, less one: the highest CPU that a worker can be pinned to.
+  static let cpuMax = 1023
+
+  private static func words<Words: CaseIterable & RawRepresentable<String>>(_ type: Words.Type) -> [String] {
+    type.allCases.map(\.rawValue)
+  }
+
+  /// Every key, in the order of the reference.
+  public static let keys: [KeyDefinition] = [
+    KeyDefinition(.node, "name", .string, default: .derived("the host's name"), "What this node is called in logs."),
+
+    KeyDefinition(
+      .underlay, "address", .stringOrStrings,
+      default: .derived("the source address of the kernel's route to the links"),
+      "This node's IPv4 or IPv6 address, or an array with at most one of each family; links of both can then run at once."
+    ),
+    KeyDefinition(
+      .underlay, "vxlan_port", .integer(1...65_535), default: .value(.integer(4789)),
+      "The UDP port that VXLAN is received on, and sent to where a link's `remote` has no port of its own."),
+    .later(.underlay, "vnetp_port", "The UDP port for VNET/P links."),
+
+    KeyDefinition(
+      .domain, "name", .string, default: .required, "What the domain is called by ports and links."),
+    KeyDefinition(
+      .domain, "vni", .integer(0...vniMax), default: .required,
+      "The VXLAN network identifier: the same on every node of the domain."),
+    KeyDefinition(
+      .domain, "forwarding", .choice(words(Configuration.Forwarding.self)), default: .value(.string("learning")),
+      later: [.string("routes")],
+      "How the way of a frame is found. `learning`: from the source addresses of the frames that came before; what is "
+        + "unknown, broadcast or multicast is flooded."),
+    KeyDefinition(
+      .domain, "ageing_s", .integer(1...ageingSecondsMax), default: .value(.integer(300)),
+      "Seconds after which a MAC address that was not seen again is forgotten."),
+    KeyDefinition(
+      .domain, "macs_max", .integer(1...macsMax), default: .value(.integer(8192)),
+      "The most MAC addresses that are learned; frames to further ones are flooded."),
+
+    KeyDefinition(
+      .port, "name", .string, default: .required,
+      "What the port is called in logs and counters; no other port or link has the name."),
+    KeyDefinition(
+      .port, "kind", .choice(words(Configuration.PortKind.self)), default: .value(.string("tap")),
+      later: [.string("packet"), .string("vhost-user")],
+      "What the port is. `tap`: a TAP device, made at start and removed at the end unless it was there before."),
+    KeyDefinition(
+      .port, "device", .string, default: .derived("the port's name"),
+      "The network device's name: 1 to \(deviceNameBytesMax) bytes."),
+    .later(.port, "socket", "The socket of a vhost-user port."),
+    KeyDefinition(
+      .port, "domain", .string, default: .derived("the only domain, where there is just one"),
+      "The name of the domain that the port belongs to."),
+    .later(.port, "mac", "The guest's MAC address, for VNET routes that name an interface by it."),
+    KeyDefinition(
+      .port, "queues", .integer(1...queuesMax), default: .value(.integer(1)),
+      "How many queues the device has; each is read by one worker."),
+    KeyDefinition(
+      .port, "mtu", .integer(mtuBytesMin...mtuBytesMax), default: .derived("the underlay's MTU less the encapsulation"),
+      "The device's MTU in bytes."),
+    KeyDefinition(
+      .port, "offloads", .boolean, default: .value(.boolean(false)), later: [.boolean(true)],
+      "Whether super-frames and frames without checksums are taken from and given to the guest."),
+
+    KeyDefinition(
+      .link, "name", .string, default: .required,
+      "What the link is called in logs and counters; no other port or link has the name."),
+    KeyDefinition(
+      .link, "remote", .string, default: .required,
+      "The other node's address or host name, with a UDP port where it is not `vxlan_port`: `10.99.0.2`, "
+        + "`10.99.0.2:4790`, `fd00::2`, `[fd00::2]:4790`, `host-b`. A name is resolved once, at start."),
+    KeyDefinition(
+      .link, "encapsulation", .choice(words(Configuration.Encapsulation.self)), default: .value(.string("vxlan")),
+      later: [.string("vnetp")], "How frames travel. `vxlan`: RFC 7348."),
+    KeyDefinition(
+      .link, "domains", .strings, default: .derived("every domain"), "The names of the domains that the link carries."),
+    KeyDefinition(
+      .link, "relay", .boolean, default: .value(.boolean(false)), later: [.boolean(true)],
+      "Whether frames from this link may leave by other links."),
+    KeyDefinition(
+      .link, "fragment", .boolean, default: .value(.boolean(false)), later: [.boolean(true)],
+      "Whether the underlay may fragment what is over its MTU."),
+    KeyDefinition(
+      .link, "reserved_bits", .choice(words(Configuration.ReservedBits.self)), default: .value(.string("ignore")),
+      "What happens to datagrams whose reserved bits are not zero. `ignore`: forwarded, as RFC 7348 has it; `drop`: "
+        + "dropped and counted, as Linux does."),
+
+    .later(.route, "domain", "The domain that the rule is for."),
+    .later(.route, "source", "Which source MAC addresses."),
+    .later(.route, "destination", "Which destination MAC addresses."),
+    .later(.route, "from", "The port or link that the frame came from."),
+    .later(.route, "to", "The port or link that the frame goes to."),
+    .later(.passthrough, "a", "One port."),
+    .later(.passthrough, "b", "The other port."),
+
+    KeyDefinition(
+      .tuning, "layout", .choice(words(Configuration.Layout.self)), default: .value(.string("auto")),
+      later: [.string("pipeline")],
+      "How the stages are spread over workers. `fused`: each worker runs all stages over its own queues; `auto`: the "
+        + "one that measures best for the CPUs there are."),
+    KeyDefinition(
+      .tuning, "cpus", .string, default: .value(.string("auto")),
+      "The CPUs that workers are pinned to, one worker each, such as \"0,1\"; `auto`: chosen at start."),
+    KeyDefinition(
+      .tuning, "dispatch", .choice(words(Configuration.Dispatch.self)), default: .value(.string("adaptive")),
+      "When a worker looks for frames. `guest-driven`: sleeps in the kernel and handles each event at once, for latency; "
+        + "`vmm-driven`: polls, for throughput; `adaptive`: changes between them with the rate of frames."),
+    KeyDefinition(
+      .tuning, "dispatch_upper_fps", .integer(1...1_000_000_000), default: .value(.integer(10_000)),
+      "Frames per second above which `dispatch = \"adaptive\"` polls."),
+    KeyDefinition(
+      .tuning, "dispatch_lower_fps", .integer(0...1_000_000_000), default: .value(.integer(1_000)),
+      "Frames per second below which it sleeps again; not above `dispatch_upper_fps`."),
+    KeyDefinition(
+      .tuning, "dispatch_period_ms", .integer(1...10_000), default: .value(.integer(10)),
+      "Milliseconds over which it measures the rate."),
+    KeyDefinition(
+      .tuning, "yield", .choice(words(Configuration.Yield.self)), default: .value(.string("adaptive")),
+      "What a poll that finds nothing does. `immediate`: gives the CPU away and polls again; `timed`: sleeps for a "
+        + "moment; `adaptive`: spins and gives way until it was idle for `spin_us`, then sleeps until an event."),
+    KeyDefinition(
+      .tuning, "spin_us", .integer(0...1_000_000), default: .value(.integer(50)),
+      "Microseconds without a frame after which `yield = \"adaptive\"` sleeps. More costs CPU time while idle, less "
+        + "costs latency."),
+    KeyDefinition(
+      .tuning, "io", .choice(words(Configuration.IO.self)), default: .value(.string("auto")),
+      later: [.string("syscalls")],
+      "How workers talk to the kernel. `uring`: io_uring; `auto`: what this kernel allows."
+    ),
+    KeyDefinition(
+      .tuning, "ring_entries", .integer(8...ringEntriesMax), default: .value(.integer(256)),
+      "Entries of a worker's submission queue; the kernel rounds up to a power of two."),
+    KeyDefinition(
+      .tuning, "batch_frames", .integer(1...1024), default: .value(.integer(64)),
+      "The most frames that a worker takes through its stages at a time."),
+    KeyDefinition(
+      .tuning, "batch_wait_us", .integer(0...10_000), default: .value(.integer(0)),
+      "Microseconds that a worker may wait for a fuller batch while it polls; 0: it never waits."),
+    KeyDefinition(
+      .tuning, "slots", .integer(8...16_384), default: .value(.integer(64)),
+      "Buffers of each port and link queue, of 64 KiB. More take longer bursts, but cool the caches."),
+    KeyDefinition(
+      .tuning, "send_buffer_bytes", .integer(4096...socketBufferBytesMax), default: .value(.integer(7 << 20)),
+      "The send buffer of each link's sockets, in bytes."),
+    KeyDefinition(
+      .tuning, "receive_buffer_bytes", .integer(4096...socketBufferBytesMax), default: .value(.integer(7 << 20)),
+      "The receive buffer of each underlay socket, in bytes."),
+    KeyDefinition(
+      .tuning, "source_ports", .integer(1...64), default: .value(.integer(8)),
+      "UDP source ports, one socket each, that a link spreads its flows over."),
+    KeyDefinition(
+      .tuning, "huge_pages", .choice(words(Configuration.HugePages.self)), default: .value(.string("auto")),
+      "Whether frame memory is huge pages. `auto`: where there are any; `on`: it does not start without; `off`: never."
+    ),
+    KeyDefinition(
+      .tuning, "without", .choices(words(Configuration.UringFeature.self)), default: .value(.strings([])),
+      "Features of io_uring that are not used even where the kernel has them, to test and to diagnose."),
+  ]
+
+  /// The keys of a section, in the order of the reference.
+  public static func keys(of section: Section) -> [KeyDefinition] {
+    keys.filter { $0.section == section }
+  }
+
+  /// The keys that are flags of `vnetr run`.
+  public static var tuningKeys: [KeyDefinition] { keys(of: .tuning).filter(\.isSupported) }
+}
