@@ -1,0 +1,230 @@
+import Glibc
+import Synchronization
+import Testing
+
+/// The protocol of the underlay.
+enum Family: String, CaseIterable, CustomTestStringConvertible {
+  case ipv4 = "IPv4"
+  case ipv6 = "IPv6"
+
+  /// What VXLAN puts around a frame's payload: inner Ethernet (14), VXLAN (8), UDP (8), IPv4 (20) or IPv6 (40).
+  var overheadBytes: Int { self == .ipv4 ? 50 : 70 }
+  var testDescription: String { "\(rawValue) underlay" }
+}
+
+/// A host of the overlay: a namespace with one underlay device.
+struct Host {
+  let index: Int
+  let family: Family
+  let namespace: Namespace
+  static let underlayDevice = "underlay"
+
+  var name: String { "host-" + String(UnicodeScalar(UInt8(ascii: "a") + UInt8(index))) }
+  /// The address of the underlay device.
+  var address: String { family == .ipv4 ? "10.99.0.\(index + 1)" : "fd99::\(index + 1)" }
+  var addressWithPrefix: String { address + (family == .ipv4 ? "/24" : "/64") }
+}
+
+/// A guest: a namespace with one Ethernet device, `eth0`, that a host plugs into the overlay.
+struct Guest {
+  let number: Int
+  let namespace: Namespace
+  /// Its IPv4 address; guests with the same number have the same, in whatever domain they are.
+  var address: String { "10.1.0.\(number)" }
+  var mac: MAC { MAC(0x02, 0, 0, 0, 0, UInt8(number)) }
+  static let device = "eth0"
+}
+
+/// Hosts and guests in network namespaces of this machine, with a real kernel between them.
+///
+/// Everything that it makes has a name with the lab's own prefix and goes away with the lab; `Guard` removes it even
+/// when the test process dies.
+final class Lab {
+  let prefix: String
+  private var namespaces: [Namespace] = []
+
+  private static let labsMade = Atomic<Int>(0)
+
+  init() throws {
+    try Guard.start()
+    prefix = Guard.prefix + "\(Lab.labsMade.add(1, ordering: .relaxed).newValue)-"
+  }
+
+  deinit { remove() }
+
+  func remove() {
+    for namespace in namespaces { namespace.remove() }
+    namespaces = []
+  }
+
+  func namespace(_ role: String) throws -> Namespace {
+    let namespace = try Namespace(name: prefix + role)
+    namespaces.append(namespace)
+    return namespace
+  }
+
+  /// Makes hosts that reach each other on one underlay: a cable between two, a switch between more.
+  ///
+  /// The underlay's MTU leaves room for guests' frames of 1,500 bytes.
+  func hosts(_ count: Int, family: Family = .ipv4) throws -> [Host] {
+    let mtu = "\(1500 + family.overheadBytes)"
+    let hosts = try (0..<count).map { index in
+      Host(index: index, family: family, namespace: try namespace("host\(index)"))
+    }
+    let device = Host.underlayDevice
+    if count == 2 {
+      try execute([
+        "ip", "link", "add", device, "mtu", mtu, "netns", hosts[0].namespace.name, "type", "veth",
+        "peer", "name", device, "mtu", mtu, "netns", hosts[1].namespace.name,
+      ])
+    } else {
+      let fabric = try namespace("fabric")
+      try fabric.setKernelParameter("net.ipv6.conf.all.disable_ipv6", "1")
+      try fabric.ip("link", "add", "switch", "mtu", mtu, "type", "bridge", "mcast_snooping", "0")
+      try fabric.ip("link", "set", "switch", "up")
+      for host in hosts {
+        let socket = "socket\(host.index)"
+        try fabric.ip(
+          "link", "add", socket, "mtu", mtu, "type", "veth",
+          "peer", "name", device, "mtu", mtu, "netns", host.namespace.name)
+        try fabric.ip("link", "set", socket, "master", "switch", "up")
+      }
+    }
+    for host in hosts {
+      if family == .ipv4 { try host.namespace.setKernelParameter("net.ipv6.conf.all.disable_ipv6", "1") }
+      try host.namespace.ip("link", "set", device, "up")
+      // `nodad`: an IPv6 address that is usable at once.
+      let options = family == .ipv6 ? ["nodad"] : []
+      try execute(["ip", "-n", host.namespace.name, "address", "add", host.addressWithPrefix, "dev", device] + options)
+    }
+    return hosts
+  }
+
+  /// Makes a guest that is plugged in nowhere yet. It speaks no IPv6, so that it sends what a test asks for and ARP.
+  func guest(_ number: Int, name: String? = nil) throws -> Guest {
+    let namespace = try namespace("guest" + (name ?? "\(number)"))
+    try namespace.setKernelParameter("net.ipv6.conf.all.disable_ipv6", "1")
+    return Guest(number: number, namespace: namespace)
+  }
+
+  /// Gives a host's device to a guest, as its `eth0`, with the guest's addresses.
+  func plug(_ guest: Guest, into device: String, of host: Host) throws {
+    try host.namespace.ip("link", "set", device, "down")
+    try host.namespace.ip("link", "set", device, "netns", guest.namespace.name)
+    try guest.namespace.ip("link", "set", device, "name", Guest.device, "address", guest.mac.description)
+    try guest.namespace.ip("address", "add", guest.address + "/24", "dev", Guest.device)
+    try guest.namespace.ip("link", "set", Guest.device, "up")
+  }
+
+  /// Starts a forwarder with one TAP on a host, from flags alone, and plugs a new guest into it.
+  func forwarder(
+    on host: Host, peer: Host, guest number: Int, vni: Int = 42, flags: [String] = []
+  ) throws -> (forwarder: Forwarder, guest: Guest) {
+    let forwarder = try Forwarder(
+      on: host, ["--tap", "vm1", "--address", host.address, "--peer", peer.address, "--vni", "\(vni)"] + flags)
+    let guest = try guest(number)
+    try plug(guest, into: "vm1", of: host)
+    return (forwarder, guest)
+  }
+
+  /// Two hosts, a forwarder on each and a guest behind each.
+  func pair(family: Family = .ipv4, flags: [String] = []) throws -> Pair {
+    let hosts = try hosts(2, family: family)
+    let (forwarderA, guestA) = try forwarder(on: hosts[0], peer: hosts[1], guest: 1, flags: flags)
+    let (forwarderB, guestB) = try forwarder(on: hosts[1], peer: hosts[0], guest: 2, flags: flags)
+    return Pair(hosts: hosts, forwarders: [forwarderA, forwarderB], guestA: guestA, guestB: guestB)
+  }
+
+  /// The kernel's own overlay on a host: a VXLAN device and a bridge, with a new guest in it.
+  func kernelOverlay(on host: Host, remote: Host, guest number: Int, vni: Int = 42) throws -> Guest {
+    let namespace = host.namespace
+    // On a veth the kernel leaves checksums of tunnelled frames to a card that never comes: without these the far
+    // end would get inner checksums that nobody filled in, as it never would from a wire.
+    try namespace.run(
+      "ethtool", "-K", Host.underlayDevice, "tx", "off", "tso", "off",
+      "tx-udp_tnl-segmentation", "off", "tx-udp_tnl-csum-segmentation", "off")
+    try namespace.ip(
+      "link", "add", "bridge", "type", "bridge", "mcast_snooping", "0", "forward_delay", "0")
+    try namespace.ip(
+      "link", "add", "vxlan", "mtu", "1500", "type", "vxlan", "id", "\(vni)", "local", host.address,
+      "remote", remote.address, "dstport", "4789", "dev", Host.underlayDevice)
+    try namespace.ip("link", "add", "vm1", "mtu", "1500", "type", "veth", "peer", "name", "vm1-host")
+    for device in ["bridge", "vxlan", "vm1-host"] {
+      if device != "bridge" { try namespace.ip("link", "set", device, "master", "bridge") }
+      try namespace.ip("link", "set", device, "up")
+    }
+    let guest = try guest(number)
+    try plug(guest, into: "vm1", of: host)
+    return guest
+  }
+}
+
+/// Two hosts joined by the overlay, with a guest behind each.
+struct Pair {
+  let hosts: [Host]
+  let forwarders: [Forwarder]
+  let guestA: Guest
+  let guestB: Guest
+}
+
+/// Runs `body` in a lab of its own and removes everything at its end, however it ends.
+func withLab<R>(_ body: (Lab) throws -> R) throws -> R {
+  let lab = try Lab()
+  defer { lab.remove() }
+  return try body(lab)
+}
+
+/// What keeps the end-to-end tests from running here; nil when nothing does.
+enum Obstacle {
+  static let toLab: String? = {
+    if geteuid() != 0 { return "needs root, to make network namespaces" }
+    for command in ["ip", "ping", "iperf3", "ethtool", "sysctl", "tcpdump", "nstat"] {
+      if (try? execute(["sh", "-c", "command -v \(command)"])) == nil {
+        return "needs \(command), which tools/setup installs"
+      }
+    }
+    let probe = "vnetr-test-\(getpid())-probe"
+    guard (try? execute(["ip", "netns", "add", probe])) != nil else {
+      return "this machine allows no network namespaces"
+    }
+    _ = try? execute(["ip", "netns", "delete", probe])
+    return nil
+  }()
+
+  static let toForwarder: String? = {
+    if let toLab { return toLab }
+    guard unsafe access("/dev/net/tun", R_OK | W_OK) == 0 else { return "this machine has no /dev/net/tun" }
+    guard Forwarder.path != nil else {
+      return "no vnetr is built: `swift build -c release --product vnetr`, or name one in VNETR"
+    }
+    return nil
+  }()
+}
+
+/// A process beside the tests that removes what they left behind, when the test process ends in whatever way.
+private enum Guard {
+  static let prefix = "vnetr-test-\(getpid())-"
+
+  static func start() throws { _ = try process.get() }
+
+  /// It waits for the end of its standard input, whose other end only the test process holds.
+  private static let process = Result { () throws -> pid_t in
+    var ends: [Int32] = [0, 0]
+    let status = unsafe ends.withUnsafeMutableBufferPointer { unsafe pipe($0.baseAddress!) }
+    guard status == 0 else { throw LabError("no pipe: \(errorText(errno))") }
+    for end in ends { _ = fcntl(end, F_SETFD, FD_CLOEXEC) }
+    let script = """
+      cat
+      for namespace in $(ip netns list | cut -d ' ' -f 1 | grep '^\(prefix)'); do
+        for process in $(ip netns pids "$namespace"); do kill -KILL "$process"; done
+        ip netns delete "$namespace"
+      done
+      """
+    // A process group of its own: an interrupt from the terminal must not end it with the tests.
+    let child = try ChildProcess(["sh", "-c", script], standardInput: ends[0], ownTerminalGroup: true)
+    close(ends[0])
+    // Never released: releasing it would end it, and it has to outlive the test process.
+    _ = unsafe Unmanaged.passRetained(child)
+    return child.id
+  }
+}
