@@ -150,3 +150,38 @@ static inline socklen_t clinux_address6(struct sockaddr_storage *room, const voi
   value->sin6_port = port;
   return sizeof *value;
 }
+
+// ---- Threads, CPUs, signals, privileges ----
+
+#include <linux/capability.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <sys/syscall.h>
+
+// glibc's cpu_set_t macros are hidden from Swift; the kernel takes any array of words, one bit a CPU.
+#define CLINUX_CPU_WORDS 16
+static inline long clinux_set_affinity(const unsigned long *words) {
+  return syscall(SYS_sched_setaffinity, 0, CLINUX_CPU_WORDS * sizeof(unsigned long), words);
+}
+// Bytes written to `words`, or -1.
+static inline long clinux_get_affinity(unsigned long *words) {
+  return syscall(SYS_sched_getaffinity, 0, CLINUX_CPU_WORDS * sizeof(unsigned long), words);
+}
+static inline int clinux_set_thread_name(const char *name) { return prctl(PR_SET_NAME, name, 0, 0, 0); }
+static inline int clinux_forbid_new_privileges(void) { return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); }
+
+// The capabilities of this thread, and of those that it makes from now on; two words of bits each.
+static inline long clinux_get_capabilities(unsigned *effective, unsigned *permitted) {
+  struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
+  struct __user_cap_data_struct data[2];
+  long result = syscall(SYS_capget, &header, data);
+  effective[0] = data[0].effective, effective[1] = data[1].effective;
+  permitted[0] = data[0].permitted, permitted[1] = data[1].permitted;
+  return result;
+}
+static inline long clinux_set_capabilities(const unsigned *words) {
+  struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
+  struct __user_cap_data_struct data[2] = {{words[0], words[0], 0}, {words[1], words[1], 0}};
+  return syscall(SYS_capset, &header, data);
+}

@@ -24,7 +24,7 @@ public enum Command: BitwiseCopyable, Sendable {
 /// What a worker tells control.
 public enum Report: BitwiseCopyable, Sendable {
   /// The ring is made and the thread is pinned.
-  case started(features: UInt32)
+  case started(features: UInt32, hasHugePages: Bool)
   case couldNotStart(error: Int32)
   /// The receive of a source ended for good: its device is gone.
   case sourceFailed(Int, error: Int32)

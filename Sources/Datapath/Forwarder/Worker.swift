@@ -184,7 +184,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
 
   // MARK: Control
 
-  private mutating func report(_ report: Report?) {
+  mutating func report(_ report: Report?) {
     guard let report else { return }
     // Reports are few and bounded by what control asked for; a full ring means that control is gone.
     _ = reports.push(report)

@@ -1,0 +1,524 @@
+import CLinux
+import Datapath
+import Glibc
+import Logging
+
+/// How counters are printed.
+public enum CountersFormat: String, CaseIterable, Sendable {
+  case table
+  case json
+}
+
+/// The forwarding service: it opens devices and sockets, starts workers and lends them what was opened, and looks after
+/// all of it until it is told to stop. One thread, one loop; it never touches a worker's memory.
+///
+/// The way of a service:
+/// 1. `init`: plan, sockets, devices. Whatever cannot be had is one line that says what to do, and nothing stays behind.
+/// 2. `startWorkers`: threads, each with its share of queues and sockets; then `ready`.
+/// 3. `loop`: signals, reports of workers, and once a second what needs a clock: ageing, devices that went away.
+/// 4. `stop`: workers send what waits and say goodbye; the table; the devices that were made go with their descriptors.
+public final class Service {
+  /// A command of the service ended in a state that it should not: the exit code is 1, the text was printed.
+  public struct Failure: Error, CustomStringConvertible {
+    public let description: String
+  }
+
+  /// Forwards until it is told to stop.
+  /// - Throws: why it could not start, or that frames were lost without a name.
+  public static func run(
+    configuration: Configuration, countersFormat: CountersFormat, logger: Logger
+  ) throws {
+    let signals = try Signals([SIGTERM, SIGINT, SIGUSR1])
+    Privileges.raiseOpenFiles()
+    let service = try Service(configuration, countersFormat, logger, signals)
+    try Privileges.drop()
+    try service.startWorkers()
+    try service.loop()
+  }
+
+  private let configuration: Configuration
+  private let countersFormat: CountersFormat
+  private let log: Logger
+  private let signals: Signals
+  private let plan: Plan
+  private let waker: Int32
+  private let tables: [MACTable]
+  private let snapshot: Snapshot
+  private var workers: [WorkerThread] = []
+  private let startNanoseconds = Service.now()
+
+  /// For each family of the underlay and each worker the socket that receives.
+  private var underlaySockets: [[Int32]] = []
+  private var ports: [PortState] = []
+  private var links: [LinkState] = []
+  /// By worker: the counters of each interface and each domain.
+  private var interfaceCounters: [[CounterBlock]] = []
+  private var domainCounters: [[CounterBlock]] = []
+
+  private struct PortState {
+    var device: TapDevice?
+    let mtuBytes: Int
+    /// Whether the device was made here: then it is made again when it went away, rather than waited for.
+    var wasMade = false
+    /// Answers of workers that are still to come before the descriptors can be closed.
+    var closing = 0
+    var isDown = false
+  }
+
+  private struct LinkState {
+    /// By worker, then by source port; empty while there is no route to the other end.
+    var sockets: [[Int32]] = []
+    var problem: String?
+  }
+
+  // MARK: 1. What can be had before any worker runs
+
+  private init(
+    _ configuration: Configuration, _ countersFormat: CountersFormat, _ log: Logger, _ signals: Signals
+  ) throws {
+    self.configuration = configuration
+    self.countersFormat = countersFormat
+    self.log = log
+    self.signals = signals
+    let (cpus, why) = try Plan.chooseCPUs(configuration, allowed: ProcessorSet.allowed())
+    plan = Plan(configuration, cpus: cpus)
+    log.info(
+      "workers",
+      metadata: ["cpus": "\(cpus.map(String.init).joined(separator: ","))", "layout": "fused", "why": "\(why)"])
+
+    waker = eventfd(0, Int32(EFD_CLOEXEC) | Int32(EFD_NONBLOCK))
+    guard waker >= 0 else { throw SystemError(errno, doing: "make an eventfd") }
+    let devices = try plan.families.map { address in
+      guard let device = UnderlaySocket.device(of: address) else {
+        throw PortError(
+          doing: "use \(address) as the underlay's address", number: EADDRNOTAVAIL,
+          reason: "no device of this host has it", remedy: "set underlay.address to one that `ip address` shows")
+      }
+      return device
+    }
+    let underlayMTUBytes = devices.map(\.mtuBytes)
+    let plan = plan
+    let mtuBytes = plan.ports.indices.map { plan.mtuBytes(port: $0, underlayMTUBytes: underlayMTUBytes) }
+    tables = configuration.domains.map { MACTable(macsMax: $0.macsMax) }
+    snapshot = try plan.snapshot(version: 1, tables: tables, mtuBytes: mtuBytes)
+    ports = mtuBytes.map { PortState(mtuBytes: $0) }
+    links = plan.links.map { _ in LinkState() }
+    try openUnderlay()
+    for port in plan.ports.indices { try openDevice(port) }
+    for link in plan.links.indices { openLink(link) }
+  }
+
+  private func openUnderlay() throws {
+    let tuning = configuration.tuning
+    let udpPort = configuration.underlay.vxlanPort
+    for address in plan.families {
+      // Alone first: with SO_REUSEPORT a second service would silently get a share of our datagrams.
+      let isShared = plan.workerCount > 1
+      if isShared {
+        close(try UnderlaySocket.receive(on: address, port: udpPort, isShared: false, bufferBytes: 4_096))
+      }
+      underlaySockets.append(
+        try plan.cpus.map { _ in
+          try UnderlaySocket.receive(
+            on: address, port: udpPort, isShared: isShared, bufferBytes: tuning.receiveBufferBytes)
+        })
+    }
+  }
+
+  private func openDevice(_ port: Int) throws {
+    let configured = plan.ports[port]
+    let device = try TapDevice.open(
+      name: configured.device, queues: configured.queues, mtuBytes: ports[port].mtuBytes)
+    ports[port].device = device
+    ports[port].wasMade = device.wasMade
+    log.info(
+      "port",
+      metadata: [
+        "name": "\(configured.name)", "device": "\(device.name)", "made": "\(device.wasMade)",
+        "queues": "\(configured.queues)", "mtu": "\(ports[port].mtuBytes)",
+      ])
+  }
+
+  /// Opens the sockets of a link, or remembers why not: a route may come later.
+  private func openLink(_ link: Int) {
+    let configured = plan.links[link]
+    guard let local = plan.families.first(where: { $0.isIPv4 == configured.remote.address.isIPv4 }) else { return }
+    var sockets: [[Int32]] = []
+    do throws(PortError) {
+      for worker in 0..<plan.workerCount {
+        sockets.append([])
+        for number in 0..<plan.sourcePorts {
+          let spread = (link * plan.workerCount + worker) * plan.sourcePorts + number
+          sockets[worker].append(
+            try UnderlaySocket.transmit(
+              from: local, to: configured.remote.address, port: configured.remote.port, spread: spread,
+              bufferBytes: configuration.tuning.sendBufferBytes))
+        }
+      }
+      links[link] = LinkState(sockets: sockets)
+      log.info(
+        "link", metadata: ["name": "\(configured.name)", "remote": "\(configured.remote)", "from": "\(local)"])
+    } catch {
+      for descriptor in sockets.joined() { close(descriptor) }
+      if links[link].problem == nil {
+        log.warning("link is down, will be retried", metadata: ["name": "\(configured.name)", "why": "\(error)"])
+      }
+      links[link].problem = error.description
+    }
+  }
+
+  // MARK: 2. Workers
+
+  private func startWorkers() throws {
+    let tuning = configuration.tuning
+    for (number, cpu) in plan.cpus.enumerated() {
+      var settings = WorkerThread.Plan(number: number, cpu: cpu)
+      settings.ringEntries = tuning.ringEntries
+      settings.slots = tuning.slots
+      settings.hugePages = tuning.hugePages != .off
+      settings.without = tuning.uringWithout
+      settings.worker.dispatch = tuning.dispatchSettings
+      settings.worker.postedSlots = tuning.batchFrames
+      settings.worker.sources = plan.sourceCount
+      settings.worker.lanes = max(1, plan.laneCount)
+      settings.worker.interfaces = plan.interfaceCount
+      settings.worker.domains = plan.domains.count
+      settings.worker.operations = tuning.slots * 2
+      let worker = try WorkerThread(settings, controlWaker: waker, snapshot: snapshot)
+      workers.append(worker)
+      interfaceCounters.append((0..<plan.interfaceCount).map { _ in CounterBlock() })
+      domainCounters.append(plan.domains.map { _ in CounterBlock() })
+      configure(worker)
+      try worker.start()
+    }
+    try awaitStart()
+    log.info("ready")
+    Notify.ready()
+  }
+
+  /// Everything that a worker must know before its first turn.
+  private func configure(_ worker: WorkerThread) {
+    let number = worker.plan.number
+    for domain in plan.domains.indices {
+      worker.send(.addDomain(DomainIndex(domain), domainCounters[number][domain].writer), wakes: false)
+    }
+    for port in plan.ports.indices {
+      let interface = plan.interface(port: port)
+      let record = InterfaceRecord(
+        .tap, laneFirst: plan.lane(port: port), laneCount: 1,
+        counters: interfaceCounters[number][interface.index].writer)
+      worker.send(.addInterface(interface, record), wakes: false)
+      lend(port, to: worker)
+    }
+    for link in plan.links.indices {
+      let interface = plan.interface(link: link)
+      let record = InterfaceRecord(
+        .vxlan, laneFirst: plan.lane(link: link, sourcePort: 0), laneCount: plan.sourcePorts,
+        counters: interfaceCounters[number][interface.index].writer)
+      worker.send(.addInterface(interface, record), wakes: false)
+      lendLink(link, to: worker)
+    }
+    for family in plan.families.indices {
+      worker.send(
+        .openSource(
+          plan.source(family: family), .datagram, interface: .none, domain: .none,
+          descriptor: underlaySockets[family][number]), wakes: false)
+    }
+    Mailbox.wake(waker)
+  }
+
+  private func lend(_ port: Int, to worker: WorkerThread) {
+    guard let device = ports[port].device else { return }
+    let number = worker.plan.number
+    let interface = plan.interface(port: port)
+    let domain = plan.domain(named: plan.ports[port].domain)
+    worker.send(
+      .openLane(
+        plan.lane(port: port), .tap, interface: interface,
+        descriptor: device.queues[plan.writtenQueue(port: port, worker: number)]), wakes: false)
+    for queue in device.queues.indices where plan.reader(port: port, queue: queue) == number {
+      worker.send(
+        .openSource(
+          plan.source(port: port, queue: queue), .tap, interface: interface, domain: domain,
+          descriptor: device.queues[queue]), wakes: false)
+    }
+  }
+
+  private func lendLink(_ link: Int, to worker: WorkerThread) {
+    guard !links[link].sockets.isEmpty else { return }
+    let kind: LaneKind = plan.links[link].remote.address.isIPv4 ? .datagramIPv4 : .datagramIPv6
+    for (sourcePort, descriptor) in links[link].sockets[worker.plan.number].enumerated() {
+      worker.send(
+        .openLane(
+          plan.lane(link: link, sourcePort: sourcePort), kind, interface: plan.interface(link: link),
+          descriptor: descriptor), wakes: false)
+    }
+  }
+
+  private func awaitStart() throws {
+    var isStarted = [Bool](repeating: false, count: workers.count)
+    let deadline = Self.now() + 10_000_000_000
+    while !isStarted.allSatisfy({ $0 }) {
+      waitForSomething(milliseconds: 100)
+      guard Self.now() < deadline else {
+        throw Failure(description: "workers did not start within 10 s; see whether their CPUs are busy with real-time threads")
+      }
+      for worker in workers {
+        guard let report = worker.nextReport() else { continue }
+        switch report {
+        case .started(let features, let hasHugePages):
+          isStarted[worker.plan.number] = true
+          logStart(worker, UringFeatures(rawValue: features), hasHugePages)
+        case .couldNotStart(let error):
+          let remedy =
+            error == EPERM || error == EACCES
+            ? "io_uring is forbidden here: see kernel.io_uring_disabled and the container's seccomp profile"
+            : error == EINVAL ? "see that CPU \(worker.plan.cpu) may be used" : "run vnetr doctor"
+          throw PortError(doing: "start worker \(worker.plan.number)", number: error, remedy: remedy)
+        default: handle(report, of: worker)
+        }
+      }
+    }
+  }
+
+  private func logStart(_ worker: WorkerThread, _ features: UringFeatures, _ hasHugePages: Bool) {
+    let missing = UringFeatures.all.subtracting(features)
+    var metadata: Logger.Metadata = ["worker": "\(worker.plan.number)", "cpu": "\(worker.plan.cpu)"]
+    metadata["huge_pages"] = "\(hasHugePages)"
+    if !missing.isEmpty { metadata["without"] = "\(missing)" }
+    log.info("worker runs", metadata: metadata)
+  }
+
+  // MARK: 3. The control loop
+
+  private static let tickNanoseconds: UInt64 = 1_000_000_000
+
+  private func loop() throws {
+    var nextTick = Self.now() + Self.tickNanoseconds
+    while true {
+      let left = Int(nextTick &- min(nextTick, Self.now())) / 1_000_000 + 1
+      waitForSomething(milliseconds: Int32(clamping: left))
+      while let signal = signals.next() {
+        if signal == SIGUSR1 {
+          print(report(audits: askForAudits()))
+        } else {
+          return try stop()
+        }
+      }
+      for worker in workers {
+        while let report = worker.nextReport() { handle(report, of: worker) }
+      }
+      guard Self.now() >= nextTick else { continue }
+      nextTick = Self.now() + Self.tickNanoseconds
+      tick()
+    }
+  }
+
+  /// Sleeps until a signal, a report or the time.
+  private func waitForSomething(milliseconds: Int32) {
+    var watched = [
+      pollfd(fd: signals.descriptor, events: Int16(POLLIN), revents: 0),
+      pollfd(fd: waker, events: Int16(POLLIN), revents: 0),
+    ]
+    guard unsafe poll(&watched, 2, milliseconds) > 0, watched[1].revents != 0 else { return }
+    var count: UInt64 = 0
+    _ = unsafe read(waker, &count, 8)
+  }
+
+  private func tick() {
+    let seconds = UInt32(truncatingIfNeeded: (Self.now() - startNanoseconds) / 1_000_000_000 + 1)
+    for (index, table) in tables.enumerated() {
+      let removed = table.sweep(
+        nowSeconds: seconds, ageingSeconds: UInt32(configuration.domains[index].ageingSeconds))
+      if removed > 0 { log.debug("aged", metadata: ["domain": "\(plan.domains[index].name)", "macs": "\(removed)"]) }
+    }
+    for port in plan.ports.indices where ports[port].isDown && ports[port].closing == 0 { bringBack(port) }
+    for link in plan.links.indices where links[link].sockets.isEmpty {
+      openLink(link)
+      if !links[link].sockets.isEmpty { for worker in workers { lendLink(link, to: worker); worker.wake() } }
+    }
+    Notify.watchdog()
+  }
+
+  private func handle(_ report: Report, of worker: WorkerThread) {
+    switch report {
+    case .sourceFailed(let source, let error):
+      guard let (port, _) = plan.queue(ofSource: source) else {
+        return log.error("underlay socket failed", metadata: ["error": "\(SystemError.text(error))"])
+      }
+      takeDown(port, error)
+    case .laneFailed(let lane, let error):
+      if let port = plan.port(ofLane: lane) { takeDown(port, error) }
+    case .sourceClosed(let source):
+      if let (port, _) = plan.queue(ofSource: source) { closed(port) }
+    case .laneClosed(let lane):
+      if let port = plan.port(ofLane: lane) { closed(port) }
+    case .couldNotStart, .started, .adopted, .audited, .stopped:
+      log.debug("late report", metadata: ["report": "\(report)"])
+    }
+  }
+
+  /// A device went away: every worker lets go of its queues; then they are closed, and it is tried again.
+  private func takeDown(_ port: Int, _ error: Int32) {
+    guard !ports[port].isDown else { return }
+    ports[port].isDown = true
+    log.warning(
+      "port is down, will be retried",
+      metadata: ["name": "\(plan.ports[port].name)", "why": "\(SystemError.text(error))"])
+    for worker in workers {
+      let number = worker.plan.number
+      worker.send(.closeLane(plan.lane(port: port)), wakes: false)
+      ports[port].closing += 1
+      for queue in 0..<plan.ports[port].queues where plan.reader(port: port, queue: queue) == number {
+        worker.send(.closeSource(plan.source(port: port, queue: queue)), wakes: false)
+        ports[port].closing += 1
+      }
+      worker.wake()
+    }
+  }
+
+  private func closed(_ port: Int) {
+    guard ports[port].closing > 0 else { return }
+    ports[port].closing -= 1
+    guard ports[port].closing == 0 else { return }
+    ports[port].device?.close()
+    ports[port].device = nil
+  }
+
+  private func bringBack(_ port: Int) {
+    let configured = plan.ports[port]
+    // A device that somebody else made comes back by that somebody.
+    guard ports[port].wasMade || unsafe if_nametoindex(configured.device) != 0 else { return }
+    do throws(PortError) {
+      ports[port].device = try TapDevice.open(
+        name: configured.device, queues: configured.queues, mtuBytes: ports[port].mtuBytes)
+    } catch {
+      return log.debug("port stays down", metadata: ["name": "\(configured.name)", "why": "\(error)"])
+    }
+    ports[port].isDown = false
+    for worker in workers {
+      lend(port, to: worker)
+      worker.wake()
+    }
+    log.info("port is up again", metadata: ["name": "\(configured.name)", "device": "\(configured.device)"])
+  }
+
+  // MARK: 4. The end
+
+  /// Workers send what waits, for a bounded time; a second signal ends it at once.
+  private func stop() throws {
+    log.info("stopping")
+    Notify.stopping()
+    for worker in workers { worker.send(.drain) }
+    var audits = [Audit](repeating: Audit(), count: workers.count)
+    var stopped = 0
+    while stopped < workers.count {
+      waitForSomething(milliseconds: 100)
+      if let signal = signals.next(), signal != SIGUSR1 {
+        log.warning("stopped at once, by a second signal")
+        exit(1)
+      }
+      for worker in workers {
+        while let report = worker.nextReport() {
+          switch report {
+          case .audited(let audit): audits[worker.plan.number] = audit
+          case .stopped: stopped += 1
+          default: break
+          }
+        }
+      }
+    }
+    for worker in workers { worker.join() }
+    let report = report(audits: audits)
+    print(report)
+    for port in ports { port.device?.close() }
+    for descriptor in underlaySockets.joined() { close(descriptor) }
+    for link in links { for descriptor in link.sockets.joined() { close(descriptor) } }
+    guard audits.allSatisfy(\.holds) else { throw Failure(description: "frames were lost without a name; see above") }
+  }
+
+  // MARK: Counters
+
+  /// Every worker's sums, each consistent in itself; waits for them, at most a second.
+  private func askForAudits() -> [Audit] {
+    for worker in workers { worker.send(.audit) }
+    var audits = [Audit?](repeating: nil, count: workers.count)
+    let deadline = Self.now() + 1_000_000_000
+    while audits.contains(where: { $0 == nil }), Self.now() < deadline {
+      waitForSomething(milliseconds: 100)
+      for worker in workers {
+        while let report = worker.nextReport() {
+          if case .audited(let audit) = report { audits[worker.plan.number] = audit } else { handle(report, of: worker) }
+        }
+      }
+    }
+    return audits.compactMap { $0 }
+  }
+
+  private func report(audits: [Audit]) -> String {
+    var rows = [CounterReport.Row(.underlay, "", workers.map(\.underlayCounters))]
+    for (number, port) in plan.ports.enumerated() {
+      rows.append(.init(.port, port.name, interfaceCounters.map { $0[plan.interface(port: number).index] }))
+    }
+    for (number, link) in plan.links.enumerated() {
+      rows.append(.init(.link, link.name, interfaceCounters.map { $0[plan.interface(link: number).index] }))
+    }
+    for (number, domain) in plan.domains.enumerated() {
+      rows.append(.init(.domain, domain.name, domainCounters.map { $0[number] }))
+    }
+    for worker in workers { rows.append(.init(.worker, "\(worker.plan.number)", [worker.counters])) }
+    let report = CounterReport(
+      rows: rows, audits: audits, interfaceNames: plan.ports.map(\.name) + plan.links.map(\.name),
+      domainNames: plan.domains.map(\.name))
+    return report.text(countersFormat)
+  }
+
+  private func print(_ text: String) {
+    var bytes = Array(text.utf8)[...]
+    while !bytes.isEmpty {
+      let written = unsafe bytes.withUnsafeBytes { unsafe write(STDOUT_FILENO, $0.baseAddress, $0.count) }
+      guard written > 0 else { return }
+      bytes = bytes.dropFirst(written)
+    }
+  }
+
+  private static func now() -> UInt64 {
+    var time = timespec()
+    unsafe clock_gettime(CLOCK_MONOTONIC, &time)
+    return UInt64(time.tv_sec) * 1_000_000_000 + UInt64(time.tv_nsec)
+  }
+}
+
+extension Configuration.Tuning {
+  var dispatchSettings: Dispatch.Settings {
+    var settings = Dispatch.Settings()
+    settings.mode =
+      switch dispatch {
+      case .adaptive: .adaptive
+      case .guestDriven: .guestDriven
+      case .vmmDriven: .vmmDriven
+      }
+    settings.yield =
+      switch yield {
+      case .adaptive: .adaptive
+      case .immediate: .immediate
+      case .timed: .timed
+      }
+    settings.upperFramesPerSecond = dispatchUpperFramesPerSecond
+    settings.lowerFramesPerSecond = dispatchLowerFramesPerSecond
+    settings.periodNanoseconds = UInt64(dispatchPeriodMilliseconds) * 1_000_000
+    settings.spinNanoseconds = UInt64(spinMicroseconds) * 1_000
+    settings.batchWaitNanoseconds = UInt64(batchWaitMicroseconds) * 1_000
+    settings.batchFrames = batchFrames
+    return settings
+  }
+
+  /// The features not to use, as workers take them.
+  var uringWithout: UringFeatures {
+    var features: UringFeatures = []
+    for (name, feature) in UringFeatures.names where without.contains(where: { $0.rawValue == name }) {
+      features.insert(feature)
+    }
+    return features
+  }
+}

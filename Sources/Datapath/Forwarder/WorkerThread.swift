@@ -1,0 +1,137 @@
+import CLinux
+import Glibc
+
+/// A worker on a pinned thread of its own, and the end of its mailbox that control holds.
+///
+/// Memory, ring and worker are made on that thread: so the pages are near its core, and the ring has its one submitter.
+/// Control's side is used by one thread.
+public final class WorkerThread: @unchecked Sendable {
+  public struct Plan: Sendable {
+    public var number: Int
+    /// The CPU to stay on.
+    public var cpu: Int
+    public var worker = Worker<UringIO>.Settings()
+    public var ringEntries = 512
+    public var slots = 1_024
+    public var hugePages = true
+    public var without: UringFeatures = []
+
+    public init(number: Int, cpu: Int) {
+      self.number = number
+      self.cpu = cpu
+    }
+  }
+
+  public let plan: Plan
+  public let counters: CounterBlock
+  public let underlayCounters: CounterBlock
+
+  private let mailbox: Mailbox
+  private var commands: SPSCRing<Command>.Producer
+  private var reports: SPSCRing<Report>.Consumer
+  /// Kept alive here until the worker has adopted it.
+  private let firstSnapshot: Snapshot
+  private var thread = pthread_t()
+
+  /// - Parameter controlWaker: the eventfd that a report wakes control by.
+  public init(_ plan: Plan, controlWaker: Int32, snapshot: Snapshot) throws(SystemError) {
+    self.plan = plan
+    let mailbox = try Mailbox(controlWaker: controlWaker)
+    self.mailbox = mailbox
+    commands = mailbox.commands.makeProducer()
+    reports = mailbox.reports.makeConsumer()
+    firstSnapshot = snapshot
+    counters = CounterBlock()
+    underlayCounters = CounterBlock()
+  }
+
+  /// Starts the thread. Its first report is `.started` or `.couldNotStart`.
+  public func start() throws(SystemError) {
+    let context = unsafe Unmanaged.passRetained(self).toOpaque()
+    let error = unsafe pthread_create(
+      &thread, nil,
+      { context in
+        let own = unsafe Unmanaged<WorkerThread>.fromOpaque(context!).takeRetainedValue()
+        own.main()
+        return nil
+      }, context)
+    guard error == 0 else {
+      unsafe Unmanaged<WorkerThread>.fromOpaque(context).release()
+      throw SystemError(error, doing: "start the thread of worker \(plan.number)")
+    }
+  }
+
+  /// Waits for the thread to end, after `.stopped` or `.couldNotStart`.
+  public func join() { pthread_join(thread, nil) }
+
+  /// Sends a command; wakes the worker unless more follow at once.
+  /// - Returns: false when the mailbox is full: the worker hangs.
+  @discardableResult
+  public func send(_ command: Command, wakes: Bool = true) -> Bool {
+    let isSent = commands.push(command)
+    if wakes { Mailbox.wake(mailbox.workerWaker) }
+    return isSent
+  }
+
+  /// Wakes the worker for commands that were sent without.
+  public func wake() { Mailbox.wake(mailbox.workerWaker) }
+
+  /// The next report, if there is one.
+  public func nextReport() -> Report? { reports.pop() }
+
+  // MARK: On the worker's thread
+
+  private func main() {
+    unsafe clinux_set_thread_name("vnetr-worker-\(plan.number)")
+    let pinned = ProcessorSet([plan.cpu]).pinThisThread()
+    guard pinned == 0 else { return fail(pinned) }
+    do throws(SystemError) {
+      let limits = UringIO.Limits(
+        entries: plan.ringEntries, slots: plan.slots, posted: plan.worker.postedSlots, sources: plan.worker.sources,
+        lanes: plan.worker.lanes, operations: plan.worker.operations)
+      let io = try UringIO(limits, without: plan.without)
+      let memory = try FrameMemory(slotCount: plan.slots, hugePages: plan.hugePages)
+      let started = Report.started(features: io.features.rawValue, hasHugePages: memory.hasHugePages)
+      var worker = Worker(
+        io: io, memory: memory, mailbox: mailbox, settings: plan.worker, view: firstSnapshot.view,
+        workerCounters: counters.writer, underlayCounters: underlayCounters.writer)
+      worker.report(started)
+      worker.run()
+    } catch {
+      fail(error.number)
+    }
+  }
+
+  /// No worker was made, so this thread has the report ring for itself.
+  private func fail(_ error: Int32) {
+    var reports = mailbox.reports.makeProducer()
+    _ = reports.push(.couldNotStart(error: error))
+    Mailbox.wake(mailbox.controlWaker)
+  }
+}
+
+/// A set of CPUs by their numbers.
+public struct ProcessorSet: Sendable {
+  private var words: [UInt]
+
+  public init(_ cpus: [Int]) {
+    words = [UInt](repeating: 0, count: Int(CLINUX_CPU_WORDS))
+    for cpu in cpus where cpu >= 0 && cpu < words.count * 64 { words[cpu / 64] |= 1 << UInt(cpu % 64) }
+  }
+
+  /// The CPUs that the calling thread may use (the cgroup's included), ascending.
+  public static func allowed() -> [Int] {
+    var set = ProcessorSet([])
+    guard unsafe clinux_get_affinity(&set.words) > 0 else { return [] }
+    return set.cpus
+  }
+
+  public var cpus: [Int] {
+    (0..<words.count * 64).filter { words[$0 / 64] >> UInt($0 % 64) & 1 == 1 }
+  }
+
+  /// Keeps the calling thread on these CPUs; returns 0 or the error number (EINVAL: none of them may be used).
+  public func pinThisThread() -> Int32 {
+    unsafe clinux_set_affinity(words) == 0 ? 0 : errno
+  }
+}
