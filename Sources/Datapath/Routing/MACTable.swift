@@ -431,11 +431,19 @@ extension MACTable {
 
     @inline(__always)
     private func find(_ key: UInt64, inBucketAt start: Int) -> Match {
+      // All eight words, from the last to the first, without a branch on what is found: where in the bucket a MAC
+      // is cannot be predicted, and one wrong guess costs more than the loads (random MACs, 1,024 known: 10 ns a
+      // lookup, 20 when it stops at the match). Frames of one flow, which could be, are the decision cache's.
+      var cell = 0
+      var found: UInt64 = 0
       for place in 0..<Self.bucketEntries {
-        let word = entry(start &+ place)
-        if Self.matches(word, key) { return Match(cell: start &+ place, word: word) }
+        let index = start &+ Self.bucketEntries &- 1 &- place
+        let word = entry(index)
+        let isMatch = Self.matches(word, key)
+        found = isMatch ? word : found
+        cell = isMatch ? index : cell
       }
-      return Match(cell: 0, word: 0)
+      return Match(cell: cell, word: found)
     }
 
     @inline(__always)
