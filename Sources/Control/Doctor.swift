@@ -107,6 +107,10 @@ public enum Doctor {
       (.fixedFiles, "a reference to the file for every operation (kernel 5.19)"),
     ]
     for (feature, cost) in costs {
+      guard findings.refusal == nil else {
+        items.append(DoctorItem("io_uring \(feature.rawValue)", "not tried", .note, cost: cost))
+        continue
+      }
       let works = findings.features.contains(feature)
       items.append(DoctorItem("io_uring \(feature.rawValue)", works ? "yes" : "no", works ? .ok : .absent, cost: cost))
     }

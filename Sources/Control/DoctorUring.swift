@@ -84,7 +84,7 @@ struct UringFindings {
   borrowing func runNothing() throws(SystemError) {
     guard let entry = unsafe io_uring_get_sqe(ring) else { throw SystemError(EBUSY, doing: "submit to a ring") }
     unsafe io_uring_prep_nop(entry)
-    guard case .completed = submitAndWait() else { throw SystemError(EPERM, doing: "use a ring (io_uring_enter)") }
+    if case .failed(let code) = submitAndWait() { throw SystemError(code, doing: "use a ring (io_uring_enter)") }
   }
 
   /// Whether files can be registered sparsely; throws where registration is forbidden altogether.
@@ -99,14 +99,15 @@ struct UringFindings {
   private enum Outcome {
     /// The result, and whether more completions of the same request will come.
     case completed(result: Int32, hasMore: Bool)
-    case failed
+    /// With a positive error number.
+    case failed(Int32)
   }
 
   private borrowing func submitAndWait() -> Outcome {
     var timeout = __kernel_timespec(tv_sec: Self.waitSeconds, tv_nsec: 0)
     var completion: UnsafeMutablePointer<io_uring_cqe>?
     let status = unsafe io_uring_submit_and_wait_timeout(ring, &completion, 1, &timeout, nil)
-    guard status >= 0, let completion = unsafe completion else { return .failed }
+    guard status >= 0, let completion = unsafe completion else { return .failed(status < 0 ? -status : EIO) }
     let outcome = unsafe Outcome.completed(
       result: completion.pointee.res, hasMore: completion.pointee.flags & UInt32(IORING_CQE_F_MORE) != 0)
     unsafe io_uring_cqe_seen(ring, completion)
