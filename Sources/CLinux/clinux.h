@@ -185,3 +185,16 @@ static inline long clinux_set_capabilities(const unsigned *words) {
   struct __user_cap_data_struct data[2] = {{words[0], words[0], 0}, {words[1], words[1], 0}};
   return syscall(SYS_capset, &header, data);
 }
+
+// ---- doctor: what the machine offers ----
+
+static inline int clinux_doctor_tun_features(int descriptor, unsigned int *features) {
+  return ioctl(descriptor, TUNGETFEATURES, features);
+}
+
+// Makes a device of a name that the kernel chooses; it goes away with the descriptor.
+static inline int clinux_doctor_tun_make(int descriptor, short flags) {
+  struct ifreq request = {.ifr_name = "vnetr-doctor%d"};
+  request.ifr_flags = flags;
+  return ioctl(descriptor, TUNSETIFF, &request);
+}

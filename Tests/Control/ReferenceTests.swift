@@ -1,15 +1,28 @@
+import Datapath
 import Testing
 
 @testable import Control
 
 @Suite struct ReferenceTests {
-  /// The file beside the sources: three folders up from this one.
-  private static let committedPath =
-    #filePath.split(separator: "/").dropLast(3).map { "/" + $0 }.joined() + "/docs/configuration.md"
+  /// A page beside the sources: three folders up from this file.
+  private func committed(_ name: String) throws -> String {
+    let root = #filePath.split(separator: "/").dropLast(3).map { "/" + $0 }.joined()
+    return String(decoding: try readFile(root + "/docs/" + name, bytesMax: 1 << 20), as: UTF8.self)
+  }
 
-  @Test func theCommittedReferenceIsWhatTheTableOfKeysGives() throws {
-    let committed = String(decoding: try readFile(Self.committedPath, bytesMax: 1 << 20), as: UTF8.self)
-    #expect(committed == Schema.reference, "run: vnetr reference configuration > docs/configuration.md")
+  @Test func theCommittedReferencesAreWhatTheTablesGive() throws {
+    #expect(
+      try committed("configuration.md") == Schema.reference,
+      "run: vnetr reference configuration > docs/configuration.md")
+    #expect(try committed("counters.md") == Counter.reference, "run: vnetr reference counters > docs/counters.md")
+  }
+
+  @Test func theCounterReferenceNamesEveryCounterUnderEachOfItsScopes() {
+    let rows = Counter.reference.split(separator: "\n").filter { $0.hasPrefix("| `") }
+    for counter in Counter.allCases {
+      let count = rows.count(where: { $0.hasPrefix("| `\(counter.definition.name)` |") })
+      #expect(count == counter.definition.scopes.count, "\(counter)")
+    }
   }
 
   @Test func everyKeyIsDeclaredOnceAndItsDefaultIsAValueThatItTakes() {

@@ -159,7 +159,7 @@ public struct Configuration: Equatable, Sendable {
 
 /// One thing that is wrong with a configuration.
 public struct ConfigurationError: Error, Equatable, Sendable, CustomStringConvertible {
-  /// Line and column, from 1; only the parser of the file's syntax knows them.
+  /// Line and column, both from 1, the column in characters.
   public struct Position: Equatable, Sendable {
     public var line: Int
     public var column: Int
@@ -167,6 +167,7 @@ public struct ConfigurationError: Error, Equatable, Sendable, CustomStringConver
 
   /// The file; nil where the command line is meant.
   public var file: String?
+  /// Where in the file; nil for what is missing from the whole of it.
   public var position: Position?
   /// Where in the file, such as `port[1].domain` (arrays count from 0), or which flag; empty for the file as a whole.
   public var keyPath: String
@@ -198,5 +199,14 @@ public struct ConfigurationErrors: Error, Equatable, Sendable, CustomStringConve
 
   public var description: String {
     errors.map(\.description).joined(separator: "\n")
+  }
+}
+
+extension Configuration {
+  /// The whole in one line, such as `host-a: 1 domain, 2 ports, 1 link`.
+  public var summary: String {
+    func count(_ count: Int, _ what: String) -> String { "\(count) \(what)\(count == 1 ? "" : "s")" }
+    return
+      "\(node.name): \(count(domains.count, "domain")), \(count(ports.count, "port")), \(count(links.count, "link"))"
   }
 }

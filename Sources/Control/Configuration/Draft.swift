@@ -82,9 +82,10 @@ extension Draft {
   }
 
   private mutating func checkDevices() {
-    var owners: [String: Place] = [:]
+    var owners: [String: Fields] = [:]
     for fields in ports where !fields.isInvalid("device") {
-      guard let device = fields.string("device") ?? fields.string("name") else { continue }
+      let name = fields.string("name")
+      guard let device = fields.string("device") ?? name else { continue }
       let isFromName = fields.isAbsent("device")
       let place = fields.place(of: isFromName ? "name" : "device")
       if let problem = Self.deviceNameProblem(device) {
@@ -92,13 +93,13 @@ extension Draft {
           place, "\"\(device.printable)\" is no device name: \(problem)",
           isFromName ? "set device: a port's name is the device's unless it is set" : "use such as \"vm1\"")
       } else if let owner = owners[device] {
-        // Two ports of one name without devices were reported as such.
-        if !(isFromName && owner.keyPath.hasSuffix("name")) {
-          reader.report(
-            place, "device \"\(device)\" is taken by \(owner.keyPath)", "give each port a device of its own")
-        }
+        // Ports of one name whose devices are called as they are: that was reported of the name.
+        if name == device && owner.string("name") == device { continue }
+        let ownerPlace = owner.place(of: owner.isAbsent("device") ? "name" : "device")
+        reader.report(
+          place, "device \"\(device)\" is taken by \(ownerPlace.keyPath)", "give each port a device of its own")
       } else {
-        owners[device] = place
+        owners[device] = fields
       }
     }
   }
@@ -126,7 +127,7 @@ extension Draft {
       let place = fields.place(of: "domains")
       if names.isEmpty { reader.report(place, "it is empty", "name a domain, or leave it out to carry every domain") }
       for (index, name) in names.enumerated() {
-        let elementPlace = Place(file: place.file, keyPath: "\(place.keyPath)[\(index)]")
+        let elementPlace = place.element(index)
         checkDomainExists(name, at: elementPlace)
         if names[..<index].contains(name) {
           reader.report(elementPlace, "\"\(name.printable)\" comes twice", "name it once")
@@ -183,7 +184,7 @@ extension Draft {
     if texts.isEmpty { reader.report(place, "it is empty", "give an address, or leave it out") }
     var addresses: [UnderlayAddress] = []
     for (index, text) in texts.enumerated() {
-      let elementPlace = texts.count == 1 ? place : Place(file: place.file, keyPath: "\(place.keyPath)[\(index)]")
+      let elementPlace = texts.count == 1 ? place : place.element(index)
       guard let address = UnderlayAddress(text) else {
         reader.report(
           elementPlace, "\"\(text.printable)\" is no IP address",

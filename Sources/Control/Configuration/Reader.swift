@@ -1,10 +1,15 @@
-import TOMLKit
-
 /// Where a value was written: in a file under a key path, or on the command line as a flag.
 struct Place: Equatable {
   /// nil: the command line.
   var file: String?
   var keyPath: String
+  /// Line and column; nil on the command line, and for what is not there.
+  var position: ConfigurationError.Position?
+
+  /// An element of the array that stands here.
+  func element(_ index: Int) -> Place {
+    Place(file: file, keyPath: "\(keyPath)[\(index)]", position: position)
+  }
 }
 
 /// One section as it was written: values of the right type and range, and where each stands.
@@ -44,9 +49,9 @@ struct Fields {
   /// Whether the key was left out and has no default of its own.
   func isAbsent(_ key: String) -> Bool { values[key] == nil && !invalid.contains(key) }
 
-  /// Where a key stands, or would stand.
+  /// Where a key stands; where it is not set, its section.
   func place(of key: String) -> Place {
-    places[key] ?? Place(file: place.file, keyPath: "\(place.keyPath).\(key)")
+    places[key] ?? Place(file: place.file, keyPath: "\(place.keyPath).\(key)", position: place.position)
   }
 
   func value(_ key: String) -> Schema.Value? { values[key] }
@@ -73,97 +78,106 @@ struct Reader {
 
   mutating func report(_ place: Place, _ problem: String, _ remedy: String) {
     errors.append(
-      ConfigurationError(file: place.file, keyPath: place.keyPath, problem: problem, remedy: remedy))
+      ConfigurationError(
+        file: place.file, position: place.position, keyPath: place.keyPath, problem: problem, remedy: remedy))
   }
 
   /// Parses TOML and reads its sections in the order of the schema. Sections that may come once and are left out are
   /// read as empty ones. After a syntax error there are no sections, for nothing is known of the rest of the file.
   mutating func read(_ text: String, file: String) -> [Fields] {
-    // TOMLKit hands strings on as C strings: a NUL would cut them off in silence.
-    if text.utf8.contains(0) || text.contains("\\u0000") || text.contains("\\U00000000") {
-      report(Place(file: file, keyPath: ""), "it holds a NUL character", "take it out")
-      return []
-    }
-    let table: TOMLTable
+    let lines = TOML.LineMap(text)
+    let table: TOML.Table
     do {
-      table = try TOMLTable(string: text)
-    } catch let error as TOMLParseError {
-      errors.append(
-        ConfigurationError(
-          file: file,
-          position: .init(line: error.source.begin.line, column: error.source.begin.column),
-          keyPath: "", problem: "it is not TOML: \(oneLine(error.description))", remedy: "see https://toml.io"))
-      return []
+      table = try TOML.parse(text)
     } catch {
-      report(Place(file: file, keyPath: ""), "it cannot be parsed: \(oneLine("\(error)"))", "see https://toml.io")
+      let place = Place(file: file, keyPath: "", position: lines.position(of: error.offset))
+      report(place, error.problem, error.remedy)
       return []
     }
+    let document = Document(file: file, lines: lines)
     for name in table.keys where Schema.Section(rawValue: name) == nil {
-      let owners = Schema.keys.filter { $0.key == name && $0.isSupported }.map(\.section)
+      let owners = Schema.keys.filter { $0.key == name && $0.isSupported }.map(\.section.header)
       report(
-        Place(file: file, keyPath: name), "there is no such section",
+        document.place(name.printable, table[name]), "there is no such section",
         owners.isEmpty
           ? remedy(for: name, in: Schema.Section.allCases.map(\.rawValue), called: "sections")
-          : "it is a key of \(owners.map(\.header).joined(separator: " and "))")
+          : "it is a key of \(owners.joined(separator: " and "))")
     }
-    return Schema.Section.allCases.flatMap { section in
-      read(section, of: table[section.rawValue], file: file)
+    return Schema.Section.allCases.flatMap { read($0, of: table[$0.rawValue], document) }
+  }
+
+  /// What is known of the file while it is read.
+  private struct Document {
+    var file: String
+    var lines: TOML.LineMap
+
+    func place(_ keyPath: String, _ node: TOML.Node?) -> Place {
+      place(keyPath, offset: node?.offset)
+    }
+
+    func place(_ keyPath: String, offset: Int?) -> Place {
+      Place(file: file, keyPath: keyPath, position: offset.map(lines.position))
     }
   }
 
   /// Reads one section of any number of tables.
-  private mutating func read(
-    _ section: Schema.Section, of node: (any TOMLValueConvertible)?, file: String
-  ) -> [Fields] {
-    let place = Place(file: file, keyPath: section.rawValue)
+  private mutating func read(_ section: Schema.Section, of node: TOML.Node?, _ document: Document) -> [Fields] {
+    let place = document.place(section.rawValue, node)
     guard let node else { return section.isArray ? [] : [Fields(section, at: place)] }
     guard section.isSupported else {
       report(place, "\(section.header) is not supported yet by this version", "leave it out")
       return []
     }
     if section.isArray {
-      guard let array = node.array, array.allSatisfy({ $0.table != nil }) else {
-        report(place, "it is \(described(node))", "open each one with \(section.header)")
+      guard let tables = node.value.tables else {
+        report(place, "it is \(node.value.described)", "open each one with \(section.header)")
         return []
       }
-      return array.enumerated().compactMap { index, element in
-        guard let table = element.table else { return nil }
-        return read(section, table, at: Place(file: file, keyPath: "\(section.rawValue)[\(index)]"))
+      return tables.enumerated().map { index, element in
+        read(
+          section, element.table, at: document.place("\(section.rawValue)[\(index)]", offset: element.offset), document)
       }
     }
-    guard let table = node.table else {
-      report(place, "it is \(described(node))", "open it, once, with \(section.header)")
+    guard case .table(let table) = node.value else {
+      report(place, "it is \(node.value.described)", "open it, once, with \(section.header)")
       return [Fields(section, at: place)]
     }
-    return [read(section, table, at: place)]
+    return [read(section, table, at: place, document)]
   }
 
-  private mutating func read(_ section: Schema.Section, _ table: TOMLTable, at place: Place) -> Fields {
+  private mutating func read(
+    _ section: Schema.Section, _ table: TOML.Table, at place: Place, _ document: Document
+  ) -> Fields {
     var fields = Fields(section, at: place)
     let definitions = Schema.keys(of: section)
     for key in table.keys where !definitions.contains(where: { $0.key == key }) {
       let owners = Schema.keys.filter { $0.key == key && $0.isSupported }.map(\.section.header)
       let known = definitions.filter(\.isSupported).map(\.key)
+      let meant = nearest(to: key, in: known)
       report(
-        Place(file: place.file, keyPath: "\(place.keyPath).\(key)"), "there is no such key in \(section.header)",
-        nearest(to: key, in: known) == nil && !owners.isEmpty
+        document.place("\(place.keyPath).\(key.printable)", table[key]),
+        "there is no such key in \(section.header)",
+        meant == nil && !owners.isEmpty
           ? "it is a key of \(owners.joined(separator: " and "))"
           : remedy(for: key, in: known, called: "keys"))
+      // One mistake, one error: the key that was meant is not missing.
+      if let meant, table[meant] == nil { fields.setInvalid(meant) }
     }
     for definition in definitions {
       guard let node = table[definition.key] else {
-        if definition.defaultValue == .required {
+        if definition.defaultValue == .required && !fields.isInvalid(definition.key) {
           report(fields.place(of: definition.key), "it is missing", "set it: \(definition.help)")
           fields.setInvalid(definition.key)
         }
         continue
       }
-      guard let value = value(of: node) else {
-        report(fields.place(of: definition.key), "it is \(described(node))", "write \(definition.expectation)")
+      let keyPlace = document.place("\(place.keyPath).\(definition.key)", node)
+      guard let value = node.value.schemaValue else {
+        report(keyPlace, "it is \(node.value.described)", "write \(definition.expectation)")
         fields.setInvalid(definition.key)
         continue
       }
-      set(definition, of: &fields, to: value)
+      set(definition, of: &fields, to: value, at: keyPlace)
     }
     return fields
   }
@@ -199,16 +213,15 @@ struct Reader {
 
   /// Sets a key if its value is of the right type, range and among the right words; reports an error otherwise.
   private mutating func set(
-    _ definition: Schema.KeyDefinition, of fields: inout Fields, to value: Schema.Value, at place: Place? = nil
+    _ definition: Schema.KeyDefinition, of fields: inout Fields, to value: Schema.Value, at place: Place
   ) {
-    let errorPlace = place ?? fields.place(of: definition.key)
     guard definition.isSupported else {
-      report(errorPlace, "it is not supported yet by this version", "leave it out")
+      report(place, "it is not supported yet by this version", "leave it out")
       fields.setInvalid(definition.key)
       return
     }
     if let (problem, remedy) = definition.objection(to: value) {
-      report(errorPlace, problem, remedy)
+      report(place, problem, remedy)
       fields.setInvalid(definition.key)
       return
     }
@@ -218,31 +231,46 @@ struct Reader {
       fields.set(definition.key, to: value, at: place)
     }
   }
+}
 
-  private func value(of node: any TOMLValueConvertible) -> Schema.Value? {
-    switch node.type {
-    case .string: node.string.map(Schema.Value.string)
-    case .bool: node.bool.map(Schema.Value.boolean)
-    case .int: node.int.map(Schema.Value.integer)
-    case .array:
-      node.array.flatMap { array in
-        let texts = array.compactMap(\.string)
-        return texts.count == array.count ? Schema.Value.strings(texts) : nil
+extension TOML.Value {
+  /// The tables of an array that holds nothing else, and where each starts; nil for anything else.
+  fileprivate var tables: [(table: TOML.Table, offset: Int)]? {
+    switch self {
+    case .tables(let list): return list.tables
+    case .array(let elements):
+      let tables = elements.compactMap { element in
+        if case .table(let table) = element.value { (table: table, offset: element.offset) } else { nil }
       }
-    case .table, .double, .date, .time, .dateTime: nil
+      return tables.count == elements.count ? tables : nil
+    default: return nil
     }
   }
 
-  private func described(_ node: any TOMLValueConvertible) -> String {
-    switch node.type {
+  /// The value as a key can have it; nil where no key can.
+  fileprivate var schemaValue: Schema.Value? {
+    switch self {
+    case .string(let text): return .string(text)
+    case .integer(let number): return .integer(number)
+    case .boolean(let flag): return .boolean(flag)
+    case .array(let elements):
+      let texts = elements.compactMap { if case .string(let text) = $0.value { text } else { nil } }
+      return texts.count == elements.count ? .strings(texts) : nil
+    case .float, .dateOrTime, .table, .tables: return nil
+    }
+  }
+
+  fileprivate var described: String {
+    switch self {
+    case .string: "a string"
+    case .integer: "an integer"
+    case .boolean: "a boolean"
+    case .float: "a floating-point number"
+    case .dateOrTime: "a date or time"
     case .array: "an array"
-    case .int: "an integer"
-    default: "a \(node.type)"
+    case .table: "a table"
+    case .tables: "several tables"
     }
-  }
-
-  private func oneLine(_ text: String) -> String {
-    text.split(whereSeparator: \.isNewline).joined(separator: " ")
   }
 }
 

@@ -45,7 +45,7 @@ extension Schema.KeyDefinition {
   public var valuesText: String {
     func code(_ words: [String]) -> String { words.map { "`\"\($0)\"`" }.joined(separator: ", ") }
     return switch kind {
-    case .string: "string"
+    case .string(let form): form
     case .boolean:
       valuesNotYetSupported.isEmpty
         ? "`true`, `false`"
@@ -70,7 +70,7 @@ extension Schema.KeyDefinition {
   public var flagValuesText: String {
     let values =
       switch kind {
-      case .string: "text"
+      case .string(let form): form
       case .boolean: "true or false"
       case .integer(let range): "\(range.lowerBound)…\(range.upperBound)"
       case .choice(let words): words.joined(separator: " | ")
@@ -78,10 +78,10 @@ extension Schema.KeyDefinition {
       case .choices(let words): "some of " + words.joined(separator: ",")
       }
     switch defaultValue {
-    case .value(.string(let text)): return "\(values); default \(text)"
+    case .value(.string(let text)): return "\(values) (default \(text))"
     case .value(.strings(let texts)):
-      return "\(values); default \(texts.isEmpty ? "none" : texts.joined(separator: ","))"
-    case .value(let value): return "\(values); default \(value)"
+      return "\(values) (default \(texts.isEmpty ? "none" : texts.joined(separator: ",")))"
+    case .value(let value): return "\(values) (default \(value))"
     case .required, .derived: return values
     }
   }

@@ -48,8 +48,8 @@ public enum Schema {
 
   /// What values a key takes.
   public enum Kind: Equatable, Sendable {
-    /// Any text; what it means is checked later.
-    case string
+    /// Text of a form that the words describe; whether it has that form is checked with the rest.
+    case string(String)
     case boolean
     case integer(ClosedRange<Int>)
     /// One of some words.
@@ -117,7 +117,7 @@ public enum Schema {
 
     /// A key that the design has and this version refuses.
     static func later(_ section: Section, _ key: String, _ help: String) -> KeyDefinition {
-      KeyDefinition(section, key, .string, default: .derived("unset"), isSupported: false, help)
+      KeyDefinition(section, key, .string("unset"), default: .derived("unset"), isSupported: false, help)
     }
 
     /// The key as a flag of `vnetr run`.
@@ -154,7 +154,8 @@ public enum Schema {
 
   /// Every key, in the order of the reference.
   public static let keys: [KeyDefinition] = [
-    KeyDefinition(.node, "name", .string, default: .derived("the host's name"), "What this node is called in logs."),
+    KeyDefinition(
+      .node, "name", .string("name"), default: .derived("the host's name"), "What this node is called in logs."),
 
     KeyDefinition(
       .underlay, "address", .stringOrStrings,
@@ -167,7 +168,7 @@ public enum Schema {
     .later(.underlay, "vnetp_port", "The UDP port for VNET/P links."),
 
     KeyDefinition(
-      .domain, "name", .string, default: .required, "What the domain is called by ports and links."),
+      .domain, "name", .string("name"), default: .required, "What the domain is called by ports and links."),
     KeyDefinition(
       .domain, "vni", .integer(0...vniMax), default: .required,
       "The VXLAN network identifier: the same on every node of the domain."),
@@ -184,35 +185,36 @@ public enum Schema {
       "The most MAC addresses that are learned; frames to further ones are flooded."),
 
     KeyDefinition(
-      .port, "name", .string, default: .required,
+      .port, "name", .string("name"), default: .required,
       "What the port is called in logs and counters; no other port or link has the name."),
     KeyDefinition(
       .port, "kind", .choice(words(Configuration.PortKind.self)), default: .value(.string("tap")),
       later: [.string("packet"), .string("vhost-user")],
       "What the port is. `tap`: a TAP device, made at start and removed at the end unless it was there before."),
     KeyDefinition(
-      .port, "device", .string, default: .derived("the port's name"),
+      .port, "device", .string("device name"), default: .derived("the port's name"),
       "The network device's name: 1 to \(deviceNameBytesMax) bytes."),
     .later(.port, "socket", "The socket of a vhost-user port."),
     KeyDefinition(
-      .port, "domain", .string, default: .derived("the only domain, where there is just one"),
+      .port, "domain", .string("name of a domain"), default: .derived("the only domain, where there is just one"),
       "The name of the domain that the port belongs to."),
     .later(.port, "mac", "The guest's MAC address, for VNET routes that name an interface by it."),
     KeyDefinition(
       .port, "queues", .integer(1...queuesMax), default: .value(.integer(1)),
       "How many queues the device has; each is read by one worker."),
     KeyDefinition(
-      .port, "mtu", .integer(mtuBytesMin...mtuBytesMax), default: .derived("the underlay's MTU less the encapsulation"),
+      .port, "mtu", .integer(mtuBytesMin...mtuBytesMax),
+      default: .derived("the underlay's MTU less 50 (IPv4) or 70 (IPv6)"),
       "The device's MTU in bytes."),
     KeyDefinition(
       .port, "offloads", .boolean, default: .value(.boolean(false)), later: [.boolean(true)],
       "Whether super-frames and frames without checksums are taken from and given to the guest."),
 
     KeyDefinition(
-      .link, "name", .string, default: .required,
+      .link, "name", .string("name"), default: .required,
       "What the link is called in logs and counters; no other port or link has the name."),
     KeyDefinition(
-      .link, "remote", .string, default: .required,
+      .link, "remote", .string("address or host name"), default: .required,
       "The other node's address or host name, with a UDP port where it is not `vxlan_port`: `10.99.0.2`, "
         + "`10.99.0.2:4790`, `fd00::2`, `[fd00::2]:4790`, `host-b`. A name is resolved once, at start."),
     KeyDefinition(
@@ -245,7 +247,7 @@ public enum Schema {
       "How the stages are spread over workers. `fused`: each worker runs all stages over its own queues; `auto`: the "
         + "one that measures best for the CPUs there are."),
     KeyDefinition(
-      .tuning, "cpus", .string, default: .value(.string("auto")),
+      .tuning, "cpus", .string("auto, or a list such as 0,1"), default: .value(.string("auto")),
       "The CPUs that workers are pinned to, one worker each, such as \"0,1\"; `auto`: chosen at start."),
     KeyDefinition(
       .tuning, "dispatch", .choice(words(Configuration.Dispatch.self)), default: .value(.string("adaptive")),

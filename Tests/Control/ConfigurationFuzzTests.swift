@@ -1,0 +1,55 @@
+import Testing
+
+@testable import Control
+
+/// A small generator with a seed, so that a failing case can be run again.
+private struct SplitMix64: RandomNumberGenerator {
+  var state: UInt64
+
+  mutating func next() -> UInt64 {
+    state &+= 0x9E37_79B9_7F4A_7C15
+    var mixed = state
+    mixed = (mixed ^ (mixed >> 30)) &* 0xBF58_476D_1CE4_E5B9
+    mixed = (mixed ^ (mixed >> 27)) &* 0x94D0_49BB_1331_11EB
+    return mixed ^ (mixed >> 31)
+  }
+}
+
+@Suite struct ConfigurationFuzzTests {
+  /// Texts that matter to TOML or to a key.
+  private static let morsels = [
+    "[", "]", "[[", "]]", "=", "\"", "'", "\"\"\"", "{", "}", ",", ".", "#", "\n", "\\u0000", "\u{0}", "\\", "-1",
+    "9223372036854775807", "9223372036854775808", "1e400", "nan", "true", "1979-05-27T07:32:00Z", "07:32:00", "é",
+    "\u{FEFF}", "[[port]]", "[port]", "[[domain]]", "name = \"x\"", "[[route]]", "domains = [[]]", "vni = 1",
+    "remote = \"[::]:0\"", "port.port.port = 1", "[domain.x]", "\"\" = 1", "a.b = {c = [1, {}]}", "cpus = \"\"",
+    "address = []", "address = [\"\", \"1.1.1.1\"]", "without = [\"\"]", String(repeating: "[", count: 300),
+    String(repeating: "x", count: 1000),
+  ]
+
+  @Test(arguments: [UInt64](1...8))
+  func noMutationOfAConfigurationCrashesOrGivesAnErrorThatIsNotOneLine(_ seed: UInt64) {
+    var generator = SplitMix64(state: seed)
+    for _ in 0..<400 {
+      var text = Array(sound)
+      for _ in 0..<Int.random(in: 1...6, using: &generator) {
+        let start = Int.random(in: 0...text.count, using: &generator)
+        let end = min(text.count, start + Int.random(in: 0...12, using: &generator))
+        let morsel = Self.morsels.randomElement(using: &generator) ?? ""
+        switch Int.random(in: 0..<4, using: &generator) {
+        case 0: text.removeSubrange(start..<end)
+        case 1: text.insert(contentsOf: morsel, at: start)
+        case 2: text.replaceSubrange(start..<end, with: morsel)
+        default:
+          text.insert(contentsOf: Array(text[start..<end]), at: Int.random(in: 0...text.count, using: &generator))
+        }
+      }
+      for line in errors(String(text)) {
+        #expect(line.hasPrefix("f.toml") && line.contains("; ") && !line.contains("\n"), "seed \(seed): \(line)")
+      }
+    }
+  }
+
+  @Test func everyPrefixOfAConfigurationIsReadWithoutACrash() {
+    for end in sound.indices { _ = errors(String(sound[..<end])) }
+  }
+}

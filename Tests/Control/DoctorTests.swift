@@ -1,0 +1,55 @@
+import Testing
+
+@testable import Control
+
+@Suite struct DoctorTests {
+  @Test func theTableLinesItsColumnsUpAndEndsWithWhatToDo() {
+    let report = DoctorReport(items: [
+      DoctorItem("kernel", "6.18", .note),
+      DoctorItem("io_uring", "no: Operation not permitted", .needed, cost: "cannot run", remedy: "allow it"),
+      DoctorItem("huge pages", "none", .absent, cost: "slower", remedy: "make some"),
+      DoctorItem("UDP GSO", "yes", .ok, cost: "no trains", remedy: "unused"),
+    ])
+    #expect(!report.canRun)
+    #expect(
+      report.table == """
+        item        state   found                        cost of its absence
+        kernel      note    6.18
+        io_uring    needed  no: Operation not permitted  cannot run
+        huge pages  absent  none                         slower
+        UDP GSO     ok      yes                          no trains
+        io_uring: allow it
+        huge pages: make some
+        the forwarder cannot run here: io_uring
+        """)
+  }
+
+  @Test func aMachineThatLacksOnlyWhatCanBeDoneWithoutIsGoodEnough() {
+    let report = DoctorReport(items: [DoctorItem("huge pages", "none", .absent, cost: "slower")])
+    #expect(report.canRun)
+    #expect(report.table.hasSuffix("the forwarder can run here"))
+  }
+
+  @Test func everyFeatureOfIouringAndEveryLimitIsLookedAt() {
+    let names = Doctor.examine().items.map(\.name)
+    for feature in Configuration.UringFeature.allCases { #expect(names.contains("io_uring \(feature.rawValue)")) }
+    for name in [
+      "kernel", "io_uring", "kernel.io_uring_disabled", "/dev/net/tun", "CAP_NET_ADMIN", "CAP_NET_RAW", "UDP GSO",
+      "UDP GRO", "net.core.rmem_max", "net.core.wmem_max", "huge pages", "transparent huge pages", "RLIMIT_NOFILE",
+      "RLIMIT_MEMLOCK", "CPUs allowed", "CPUs isolated",
+    ] {
+      #expect(names.contains(name), "\(name)")
+    }
+    #expect(Set(names).count == names.count)
+  }
+
+  @Test func aRingOfThisKernelAgreesWithWhatIsKnownOfItsVersion() {
+    let findings = UringFindings.probe()
+    // Multishot receives take their buffers from buffer rings: they cannot work without.
+    if findings.features.contains(.multishotReceive) || findings.features.contains(.multishotRead) {
+      #expect(findings.features.contains(.bufferRings))
+    }
+    if findings.features.contains(.deferTaskrun) { #expect(findings.features.contains(.singleIssuer)) }
+    if findings.refusal != nil { #expect(findings.features.isEmpty) }
+  }
+}
