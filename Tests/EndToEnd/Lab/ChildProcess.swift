@@ -138,6 +138,14 @@ final class ChildProcess {
     if isRunning { Glibc.kill(id, signal) }
   }
 
+  /// The memory that it holds: VmRSS of proc(5).
+  func residentKibibytes() throws -> Int {
+    let status = try execute(["cat", "/proc/\(id)/status"])
+    let line = status.split(separator: "\n").first { $0.hasPrefix("VmRSS:") }
+    guard let line, let value = Int(line.filter(\.isNumber)) else { throw LabError("process \(id) has no VmRSS") }
+    return value
+  }
+
   /// Ends it at once.
   func kill() {
     guard isRunning else { return }

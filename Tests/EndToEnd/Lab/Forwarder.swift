@@ -19,8 +19,8 @@ final class Forwarder {
   init(on host: Host, _ arguments: [String], environment: [String: String] = [:]) throws {
     self.host = host
     process = try Forwarder.start(on: host, arguments, environment: environment)
-    let isReady = eventually(within: 20) { !process.isRunning || isLogged("ready") }
-    guard isReady, process.isRunning else {
+    let hasStarted = eventually(within: 20) { !process.isRunning || isReady }
+    guard hasStarted, process.isRunning else {
       throw LabError("\(process.commandLine): not ready, exit code \(exitCodeText)\n\(process.standardError)")
     }
   }
@@ -44,6 +44,11 @@ final class Forwarder {
   }
 
   private var exitCodeText: String { process.exitCode.map(String.init) ?? "none" }
+
+  /// Whether it has said that it forwards.
+  private var isReady: Bool {
+    process.standardError.split(whereSeparator: \.isWhitespace).contains("ready")
+  }
 
   func isLogged(_ words: String) -> Bool { process.standardError.contains(words) }
 

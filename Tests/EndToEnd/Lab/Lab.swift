@@ -135,14 +135,20 @@ final class Lab {
     return Pair(hosts: hosts, forwarders: [forwarderA, forwarderB], guestA: guestA, guestB: guestB)
   }
 
+  /// Makes the kernel fill in all that a card would before a packet enters the underlay.
+  ///
+  /// On a veth it leaves checksums and segmentation to a card that never comes: the far end would get super-frames,
+  /// and inner checksums that nobody filled in, as it never would from a wire.
+  func likeAWire(_ host: Host) throws {
+    try host.namespace.run(
+      "ethtool", "-K", Host.underlayDevice, "tx", "off", "tso", "off", "gso", "off", "tx-udp-segmentation", "off",
+      "tx-udp_tnl-segmentation", "off", "tx-udp_tnl-csum-segmentation", "off")
+  }
+
   /// The kernel's own overlay on a host: a VXLAN device and a bridge, with a new guest in it.
   func kernelOverlay(on host: Host, remote: Host, guest number: Int, vni: Int = 42) throws -> Guest {
     let namespace = host.namespace
-    // On a veth the kernel leaves checksums of tunnelled frames to a card that never comes: without these the far
-    // end would get inner checksums that nobody filled in, as it never would from a wire.
-    try namespace.run(
-      "ethtool", "-K", Host.underlayDevice, "tx", "off", "tso", "off",
-      "tx-udp_tnl-segmentation", "off", "tx-udp_tnl-csum-segmentation", "off")
+    try likeAWire(host)
     try namespace.ip(
       "link", "add", "bridge", "type", "bridge", "mcast_snooping", "0", "forward_delay", "0")
     try namespace.ip(
@@ -189,6 +195,17 @@ enum Obstacle {
     }
     _ = try? execute(["ip", "netns", "delete", probe])
     return nil
+  }()
+
+  static let toVLANDevices: String? = {
+    if let toForwarder { return toForwarder }
+    let devices = ["vnetr-\(getpid() % 100_000)a", "vnetr-\(getpid() % 100_000)b"]
+    defer { _ = try? execute(["ip", "link", "delete", devices[0]]) }
+    let makes = try? execute(["ip", "link", "add", devices[0], "type", "veth", "peer", "name", devices[1]])
+    let tags = try? execute([
+      "ip", "link", "add", "link", devices[0], "name", devices[0] + ".7", "type", "vlan", "id", "7",
+    ])
+    return makes == nil || tags == nil ? "this kernel makes no VLAN devices" : nil
   }()
 
   static let toForwarder: String? = {
