@@ -61,6 +61,21 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     var operation: UnsafeMutablePointer<clinux_send>
     /// What the operation said when it was submitted.
     var message: Message
+
+    /// Whether the kernel would still read the same bytes.
+    var isUnchanged: Bool {
+      let header = unsafe operation.pointee.message
+      return unsafe message.bytes.withUnsafeBytes { bytes in
+        var start = 0
+        for index in unsafe 0..<header.msg_iovlen {
+          let vector = unsafe header.msg_iov[index]
+          guard unsafe vector.iov_len <= bytes.count - start else { return false }
+          guard unsafe memcmp(vector.iov_base, bytes.baseAddress! + start, vector.iov_len) == 0 else { return false }
+          unsafe start += vector.iov_len
+        }
+        return start == bytes.count
+      }
+    }
   }
 
   private struct Message {
@@ -81,6 +96,8 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     /// Sends of the chain that are done.
     var sent = 0
     var startsAt = 0
+    /// Whether the chain paused before its next send: it pauses there once.
+    var wasPaused = false
     /// From `awaitWritable` until `writable` was reported.
     var isAwaiting = false
     var isAwaitOver = false
@@ -204,6 +221,7 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     lanes[lane].isOut = true
     lanes[lane].isOver = false
     lanes[lane].sent = 0
+    lanes[lane].wasPaused = false
     lanes[lane].startsAt = start()
     network.countOut(lanes[lane].descriptor, 1)
   }
@@ -298,7 +316,7 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
   /// Completions that this call may report.
   private var readyCount: Int {
     var count = 0
-    for source in sources where !source.isHeldBack { count += source.completions.count }
+    for index in sources.indices where !sources[index].isHeldBack { count += sources[index].completions.count }
     for index in lanes.indices where !lanes[index].isHeldBack {
       count += lanes[index].completions.count
     }
@@ -307,9 +325,13 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
 
   /// Whether anything waits for later calls of `collect`, not for time.
   private var countsCalls: Bool {
-    for source in sources {
-      if source.isHeldBack && !source.completions.isEmpty { return true }
-      if source.isArmed && !source.isOver && (source.startsAt > collects || source.cancelsAt != nil) { return true }
+    for index in sources.indices {
+      if sources[index].isHeldBack && !sources[index].completions.isEmpty { return true }
+      if sources[index].isArmed && !sources[index].isOver
+        && (sources[index].startsAt > collects || sources[index].cancelsAt != nil)
+      {
+        return true
+      }
     }
     for index in lanes.indices {
       if lanes[index].isHeldBack && !lanes[index].completions.isEmpty { return true }
@@ -403,6 +425,7 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     event.isTruncated = length < item.bytes.count
     event.sender = item.sender
     event.typeOfService = item.typeOfService
+    receivedUnreportedCount += 1
     complete(source, event)
   }
 
@@ -411,10 +434,12 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     var error: Int32 = 0
     while lanes[lane].sent < lanes[lane].chain.count {
       let position = lanes[lane].sent
-      if position > 0, network.random.chance(network.faults.pausedChain) {
+      if position > 0, !lanes[lane].wasPaused, network.random.chance(network.faults.pausedChain) {
+        lanes[lane].wasPaused = true
         lanes[lane].startsAt = collects + 1
         return
       }
+      lanes[lane].wasPaused = false
       checkUnchanged(lane, position)
       error = sendOne(lane, position)
       if error != 0 {
@@ -456,11 +481,7 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
   }
 
   private func checkUnchanged(_ lane: Int, _ position: Int) {
-    let out = lanes[lane].chain[position]
-    let now = unsafe Self.read(out.operation, lanes[lane].kind)
-    if now.bytes != out.message.bytes || now.typeOfService != out.message.typeOfService {
-      network.record(.sendChanged(lane: lane, position: position))
-    }
+    if !lanes[lane].chain[position].isUnchanged { network.record(.sendChanged(lane: lane, position: position)) }
   }
 
   private mutating func carryOutWait(_ lane: Int) {
@@ -488,6 +509,7 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
         let event = sources[number].completions.popFirst().event
         if event.kind == .received {
           slotsLent[Int(event.slot)] = false
+          receivedUnreportedCount -= 1
           memory.received(Int(event.slot))
         } else {
           sources[number].isArmed = false
@@ -532,10 +554,10 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
   }
 
   /// Frames and datagrams that were received into slots and are not yet reported.
-  public var receivedUnreportedCount: Int { slotsLent.count { $0 } - posted.count }
+  public private(set) var receivedUnreportedCount = 0
   /// Whether nothing that the worker asked for, other than to receive, is out or to be reported.
   public var isIdle: Bool {
-    for source in sources where !source.completions.isEmpty { return false }
+    for index in sources.indices where !sources[index].completions.isEmpty { return false }
     for index in lanes.indices where lanes[index].isOut || lanes[index].isAwaiting { return false }
     return true
   }

@@ -13,21 +13,27 @@ struct NumberedFrame: Equatable {
 
   func bytes(count: Int) -> [UInt8] {
     precondition(count >= Self.bytesMin)
-    var bytes: [UInt8] = []
-    bytes.reserveCapacity(count)
-    for address in [destination, source] {
-      for shift in stride(from: 40, through: 0, by: -8) { bytes.append(UInt8(truncatingIfNeeded: address >> UInt64(shift))) }
+    let (destination, source, flow, number) = (destination, source, flow, number)
+    return unsafe [UInt8](unsafeUninitializedCapacity: count) { bytes, used in
+      used = count
+      for place in 0..<6 {
+        unsafe bytes[place] = UInt8(truncatingIfNeeded: destination >> UInt64(40 - 8 * place))
+        unsafe bytes[6 + place] = UInt8(truncatingIfNeeded: source >> UInt64(40 - 8 * place))
+      }
+      unsafe bytes[12] = 0x88
+      unsafe bytes[13] = 0xB5
+      for place in 0..<4 {
+        unsafe bytes[14 + place] = UInt8(truncatingIfNeeded: flow >> UInt32(24 - 8 * place))
+        unsafe bytes[18 + place] = UInt8(truncatingIfNeeded: number >> UInt32(24 - 8 * place))
+      }
+      var filler = UInt8(truncatingIfNeeded: flow &* 7 &+ number)
+      var place = Self.bytesMin
+      while place < count {
+        unsafe bytes[place] = filler
+        filler &+= 31
+        place += 1
+      }
     }
-    bytes += [0x88, 0xB5]
-    for word in [flow, number] {
-      for shift in stride(from: 24, through: 0, by: -8) { bytes.append(UInt8(truncatingIfNeeded: word >> UInt32(shift))) }
-    }
-    while bytes.count < count { bytes.append(Self.pattern(flow, number, bytes.count)) }
-    return bytes
-  }
-
-  private static func pattern(_ flow: UInt32, _ number: UInt32, _ position: Int) -> UInt8 {
-    UInt8(truncatingIfNeeded: UInt32(truncatingIfNeeded: position) &* 31 &+ flow &* 7 &+ number)
   }
 
   init(destination: UInt64, source: UInt64, flow: UInt32, number: UInt32) {

@@ -19,7 +19,9 @@ struct Relay: ~Copyable {
   /// Frames that ended here, by reason.
   private(set) var drops: [String: Int] = [:]
   private(set) var wakeups = 0
-  private(set) var deviceEnds: [Int32] = []
+  /// How often receives ended, by error, and how often a lane was full.
+  private(set) var receiveEnds: [Int32: Int] = [:]
+  private(set) var blocks = 0
 
   private struct LaneState {
     var kind: LaneKind
@@ -81,7 +83,7 @@ struct Relay: ~Copyable {
       isArmed[index] = false
     case .receiveEnded:
       isArmed[index] = false
-      if index == Self.deviceSource { deviceEnds.append(event.error) }
+      receiveEnds[event.error, default: 0] += 1
       if event.error == EBADFD { lanes[Self.deviceLane].isGone = true }
     case .received: received(event)
     case .sent: sent(event)
@@ -122,6 +124,7 @@ struct Relay: ~Copyable {
     chain.removeFirst(Int(event.count))
     if event.error == EAGAIN {
       lanes[lane].isBlocked = true
+      blocks += 1
       io.awaitWritable(lane)
     } else if event.error != 0 {
       finish(chain.removeFirst(), reason: "error \(event.error)")
