@@ -20,7 +20,6 @@ let package = Package(
   dependencies: [
     .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
     .package(url: "https://github.com/apple/swift-log", from: "1.16.2"),
-    .package(url: "https://github.com/LebJe/TOMLKit", from: "0.6.0"),
     .package(url: "https://github.com/swiftlang/swift-subprocess", from: "1.0.2"),
   ],
   targets: [
@@ -30,7 +29,7 @@ let package = Package(
     .target(
       name: "Control",
       dependencies: [
-        "CLinux", "Datapath", "TOMLKit",
+        "CLinux", "Datapath",
         .product(name: "Logging", package: "swift-log"),
       ],
       swiftSettings: own),

@@ -41,7 +41,10 @@ struct RouteStage: ~Copyable {
     let decision = router.decide(
       source: parsed.source.bits, destination: parsed.destination.bits, ingress: descriptor.ingress,
       domain: descriptor.domain, nowSeconds: nowSeconds)
-    if let learned = decision.learned.counter { counters[descriptor.domain]?.add(learned) }
+    if let learned = decision.learned.counter {
+      let isOfFrames = learned == .macFrozenFrames || learned == .macLimitFrames
+      counters[descriptor.domain]?.add(learned, isOfFrames ? Int(descriptor.wireFrames) : 1)
+    }
     let vni = router.view.vni(of: descriptor.domain) ?? 0
     switch decision.action {
     case .unicast(let egress):

@@ -2,7 +2,7 @@
 /// `docs/counters.md` and the conservation check all read this list.
 ///
 /// A counter counts frames as they are on the wire (a super-frame counts as its segments) unless its unit says otherwise.
-public enum Counter: Int, CaseIterable, Sendable {
+public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
   // Traffic of ports, links and domains.
   case inFrames, inBytes, outFrames, outBytes
   /// Frames that routing sent towards this interface, before any egress drop.
@@ -103,7 +103,7 @@ public enum Counter: Int, CaseIterable, Sendable {
         "drop_split_horizon", [.port, .link, .domain],
         "The frame came over a link and its destination is behind a link: links do not relay.")
     case .dropNoDestination:
-      define("drop_no_destination", [.port, .link, .domain], "A flood in a domain that has no other member.")
+      define("drop_no_destination", [.port, .link, .domain], "A flood in a domain that has no other member, or a frame of an interface that just left its domain.")
     case .dropInterfaceDown: define("drop_interface_down", egress, "The port's device or the link's socket is gone or down.")
     case .dropQueueFull:
       define("drop_queue_full", egress, "The socket or device was full and so was the queue of frames that wait for it.")

@@ -7,7 +7,7 @@ public struct InterfaceIndex: BitwiseCopyable, Hashable, Sendable, CustomStringC
   /// The most ports and links together: indices are 16 bits wide because the MAC table keeps one beside 48 bits of MAC.
   public static let countMax = 0xFFFF
   /// No interface: a frame of the underlay whose link is not known yet.
-  public static let none = InterfaceIndex(0xFFFF)
+  public static var none: InterfaceIndex { InterfaceIndex(rawValue: 0xFFFF) }
 
   @inline(always)
   public init(_ index: Int) {
@@ -25,8 +25,10 @@ public struct InterfaceIndex: BitwiseCopyable, Hashable, Sendable, CustomStringC
 public struct DomainIndex: BitwiseCopyable, Hashable, Sendable, CustomStringConvertible {
   public let rawValue: UInt16
   /// The domain is not known: a datagram whose VNI has not been looked up.
-  public static let none = DomainIndex(0xFFFF)
+  public static var none: DomainIndex { DomainIndex(rawValue: 0xFFFF) }
 
+  @inline(always)
+  public init(rawValue: UInt16) { self.rawValue = rawValue }
   @inline(always)
   public init(_ index: Int) {
     precondition(index >= 0 && index <= 0xFFFF, "domain index out of range")

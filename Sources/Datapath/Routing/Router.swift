@@ -147,6 +147,3 @@ public struct Router: ~Copyable {
     var action = Decision.Action.flood
   }
 }
-
-/// A raw value, so that a `Decision` can carry the reason of a drop.
-extension Counter: BitwiseCopyable {}
