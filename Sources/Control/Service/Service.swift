@@ -139,6 +139,14 @@ public final class Service {
         "name": "\(configured.name)", "device": "\(device.name)", "made": "\(device.wasMade)",
         "queues": "\(configured.queues)", "mtu": "\(ports[port].mtuBytes)",
       ])
+    if !device.wasMade, let mtu = device.mtuBytes, mtu > ports[port].mtuBytes {
+      log.warning(
+        "the device's MTU is more than the underlay carries: longer frames will be dropped (drop_too_big)",
+        metadata: [
+          "device": "\(device.name)", "mtu": "\(mtu)",
+          "remedy": "ip link set \(device.name) mtu \(ports[port].mtuBytes)",
+        ])
+    }
   }
 
   /// Opens the sockets of a link, or remembers why not: a route may come later.

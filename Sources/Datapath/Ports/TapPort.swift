@@ -73,6 +73,14 @@ public struct TapDevice: Sendable {
     return TapDevice(name: name, queues: descriptors, wasMade: !existed)
   }
 
+  /// The device's MTU now, in bytes; nil when it is not in this namespace any more.
+  public var mtuBytes: Int? {
+    let control = socket(AF_INET, Int32(SOCK_DGRAM.rawValue) | Int32(SOCK_CLOEXEC.rawValue), 0)
+    defer { Glibc.close(control) }
+    let bytes = unsafe clinux_device_mtu(control, name)
+    return bytes < 0 ? nil : Int(bytes)
+  }
+
   public func close() {
     for queue in queues { Glibc.close(queue) }
   }

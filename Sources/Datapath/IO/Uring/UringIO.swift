@@ -16,7 +16,7 @@ import Glibc
 @safe
 public struct UringIO: ~Copyable, WorkerIO {
   public struct Limits: Sendable {
-    /// Submission queue entries; the completion queue is `completionsPerEntry` times as long.
+    /// Submission queue entries.
     public var entries: Int
     /// Slots of the worker's memory; they are named by 16 bits in a buffer ring.
     public var slots: Int
@@ -26,6 +26,10 @@ public struct UringIO: ~Copyable, WorkerIO {
     public var lanes: Int
     /// Send operations of the worker's pool.
     public var operations: Int
+    /// Completion queue entries: everything that can be out at once completes without an overflow: each posted slot, each
+    /// send, for each source its end and a cancellation, for each lane a poll and a cancellation.
+    public var completions: Int { max(2 * entries, posted + operations + 2 * sources + 2 * lanes) }
+
     public init(entries: Int, slots: Int, posted: Int, sources: Int, lanes: Int, operations: Int) {
       self.entries = entries
       self.slots = slots
@@ -36,8 +40,6 @@ public struct UringIO: ~Copyable, WorkerIO {
     }
   }
 
-  /// Room for the completions of every posted slot and every send between two turns, with a margin for re-arms.
-  static let completionsPerEntry = 8
   private static let bufferGroup: Int32 = 0
   /// Room that a datagram's sender takes in front of it in a slot, as `struct sockaddr_in6` and IPv4's fit in.
   private static let nameBytes = MemoryLayout<sockaddr_in6>.size
@@ -106,7 +108,7 @@ public struct UringIO: ~Copyable, WorkerIO {
   /// - Throws: why the kernel makes no ring.
   public init(_ limits: Limits, without: UringFeatures = []) throws(SystemError) {
     precondition(limits.slots <= 0xFFFF, "a buffer ring names slots by 16 bits")
-    let (ring, setup) = try unsafe Self.makeRing(limits.entries, without)
+    let (ring, setup) = try unsafe Self.makeRing(limits, without)
     var features = UringFeatures.all.subtracting(without)
     if setup & UInt32(IORING_SETUP_SINGLE_ISSUER) == 0 { features.remove(.singleIssuer) }
     if setup & UInt32(IORING_SETUP_DEFER_TASKRUN) == 0 { features.remove(.deferredWork) }
@@ -192,7 +194,7 @@ public struct UringIO: ~Copyable, WorkerIO {
   /// Makes a ring with the most flags that the kernel knows: EINVAL means one is unknown, and the newest goes first.
   @unsafe
   private static func makeRing(
-    _ entries: Int, _ without: UringFeatures
+    _ limits: Limits, _ without: UringFeatures
   ) throws(SystemError) -> (UnsafeMutablePointer<io_uring>, UInt32) {
     let base = UInt32(IORING_SETUP_CQSIZE) | UInt32(IORING_SETUP_CLAMP)
     let submitAll = UInt32(IORING_SETUP_SUBMIT_ALL)
@@ -212,9 +214,9 @@ public struct UringIO: ~Copyable, WorkerIO {
     for flags in tries {
       var parameters = io_uring_params()
       parameters.flags = flags
-      parameters.cq_entries = UInt32(entries * completionsPerEntry)
+      parameters.cq_entries = UInt32(limits.completions)
       unsafe ring.initialize(to: unsafe io_uring())
-      error = unsafe -io_uring_queue_init_params(UInt32(entries), ring, &parameters)
+      error = unsafe -io_uring_queue_init_params(UInt32(limits.entries), ring, &parameters)
       if error == 0 { return unsafe (ring, flags) }
       if error != EINVAL { break }
     }
@@ -543,6 +545,11 @@ public struct UringIO: ~Copyable, WorkerIO {
     var slot = UInt32.max
     if flags & UInt32(IORING_CQE_F_BUFFER) != 0 {
       slot = flags >> UInt32(IORING_CQE_BUFFER_SHIFT)
+      if result < 0 {
+        // Taken and not filled: it comes back unused.
+        isPosted[Int(slot)] = false
+        memory.unpost(Int(slot))
+      }
     } else if sources[source].slot != .max {
       slot = sources[source].slot
       sources[source].slot = .max
