@@ -1,4 +1,4 @@
-import Foundation
+import Glibc
 import Testing
 
 @testable import Control
@@ -11,38 +11,68 @@ private enum Command {
     var errors: String
   }
 
-  static let path = URL(fileURLWithPath: "/proc/self/exe").resolvingSymlinksInPath().deletingLastPathComponent()
-    .appendingPathComponent("vnetr").path
+  static let path: String = {
+    var target = [CChar](repeating: 0, count: Int(PATH_MAX))
+    let count = unsafe readlink("/proc/self/exe", &target, target.count)
+    let bytes = target.prefix(max(0, count)).map { UInt8(bitPattern: $0) }
+    let folder = bytes.split(separator: UInt8(ascii: "/")).dropLast()
+    return folder.map { "/" + String(decoding: $0, as: UTF8.self) }.joined() + "/vnetr"
+  }()
 
-  static var isBuilt: Bool { FileManager.default.isExecutableFile(atPath: path) }
+  static var isBuilt: Bool { unsafe access(path, X_OK) == 0 }
 
-  static func run(_ arguments: [String]) throws -> Result {
-    let process = Process()
-    process.executableURL = URL(fileURLWithPath: path)
-    process.arguments = arguments
-    let output = Pipe()
-    let errors = Pipe()
-    process.standardOutput = output
-    process.standardError = errors
-    try process.run()
-    // Neither stream fills its pipe: one after the other is safe.
-    let outputData = output.fileHandleForReading.readDataToEndOfFile()
-    let errorData = errors.fileHandleForReading.readDataToEndOfFile()
-    process.waitUntilExit()
-    return Result(
-      status: process.terminationStatus, output: String(decoding: outputData, as: UTF8.self),
-      errors: String(decoding: errorData, as: UTF8.self))
+  /// An empty file of its own for the time of a call.
+  private static func withFile<Value>(_ body: (String) throws -> Value) throws -> Value {
+    var name = Array("/tmp/vnetr-test-XXXXXX".utf8CString)
+    let descriptor = unsafe mkstemp(&name)
+    try #require(descriptor >= 0)
+    close(descriptor)
+    let path = String(decoding: name.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self)
+    defer { unsafe unlink(path) }
+    return try body(path)
   }
 
-  /// Runs `vnetr check` on a file of this text.
+  private static func text(of path: String) throws -> String {
+    String(decoding: try readFile(path, bytesMax: 1 << 20), as: UTF8.self)
+  }
+
+  static func run(_ arguments: [String]) throws -> Result {
+    try withFile { output in
+      try withFile { errors in
+        let status = try spawn(arguments, output: output, errors: errors)
+        return Result(status: status, output: try text(of: output), errors: try text(of: errors))
+      }
+    }
+  }
+
+  /// Runs the command to its end; its exit code, or -1 where a signal ended it.
+  private static func spawn(_ arguments: [String], output: String, errors: String) throws -> Int32 {
+    var actions = unsafe posix_spawn_file_actions_t()
+    unsafe posix_spawn_file_actions_init(&actions)
+    defer { unsafe posix_spawn_file_actions_destroy(&actions) }
+    unsafe posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, output, O_WRONLY, 0)
+    unsafe posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, errors, O_WRONLY, 0)
+    var vector = unsafe ([path] + arguments).map { unsafe strdup($0) } + [nil]
+    defer { for index in unsafe vector.indices { unsafe free(vector[index]) } }
+    var process = pid_t()
+    try #require(unsafe posix_spawn(&process, path, &actions, nil, &vector, environ) == 0)
+    var status: Int32 = 0
+    try #require(unsafe waitpid(process, &status, 0) == process)
+    return status & 0x7F == 0 ? (status >> 8) & 0xFF : -1
+  }
+
+  /// Runs `vnetr check` on a file of this text; the file is called FILE in what comes back.
   static func check(_ text: String) throws -> Result {
-    let file = FileManager.default.temporaryDirectory.appendingPathComponent("vnetr-\(UUID().uuidString).toml")
-    try text.write(to: file, atomically: true, encoding: .utf8)
-    defer { try? FileManager.default.removeItem(at: file) }
-    var result = try run(["check", file.path])
-    result.output = result.output.replacingOccurrences(of: file.path, with: "FILE")
-    result.errors = result.errors.replacingOccurrences(of: file.path, with: "FILE")
-    return result
+    try withFile { file in
+      let bytes = Array(text.utf8)
+      let descriptor = unsafe open(file, O_WRONLY)
+      try #require(unsafe write(descriptor, bytes, bytes.count) == bytes.count)
+      close(descriptor)
+      var result = try run(["check", file])
+      result.output = result.output.replacing(file, with: "FILE")
+      result.errors = result.errors.replacing(file, with: "FILE")
+      return result
+    }
   }
 }
 
