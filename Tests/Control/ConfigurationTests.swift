@@ -202,6 +202,14 @@ let least = """
       ])
   }
 
+  @Test func nothingThatAFileHoldsBreaksTheLineOfAnError() {
+    #expect(
+      errors("[[domain]]\nname = \"a\\nb\"\nvni = 1\n[[port]]\nname = \"vm1\"\ndomain = \"\\u001b[2J\"\n") == [
+        "f.toml: domain[0].name: \"a\\u{a}b\" is no name; use 1 to 260 letters, digits and . _ - : [ ]",
+        "f.toml: port[0].domain: no domain is called \"\\u{1b}[2J\"; domains: a\\u{a}b",
+      ])
+  }
+
   @Test func whatIsMissingFromTheWholeFileHasNoLine() {
     #expect(allErrors("[node]").map(\.position) == [nil, nil])
   }

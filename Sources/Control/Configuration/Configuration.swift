@@ -179,9 +179,10 @@ public struct ConfigurationError: Error, Equatable, Sendable, CustomStringConver
   public init(file: String?, position: Position? = nil, keyPath: String, problem: String, remedy: String) {
     self.file = file
     self.position = position
-    self.keyPath = keyPath
-    self.problem = problem
-    self.remedy = remedy
+    // What is quoted from a file or the command line must neither break the line nor reach a terminal as a command.
+    self.keyPath = keyPath.escaped
+    self.problem = problem.escaped
+    self.remedy = remedy.escaped
   }
 
   /// One line: `FILE[:LINE:COLUMN]: KEY PATH: what is wrong; what would be right`.

@@ -447,12 +447,18 @@ extension Draft {
 }
 
 extension String {
-  /// The text on one line, without control characters, cut where it is very long: for error messages.
+  /// The text with its control characters written as escape sequences, so that it is one line.
+  var escaped: String {
+    unicodeScalars.map { scalar in
+      let isControl = scalar.properties.generalCategory == .control || scalar == "\u{2028}" || scalar == "\u{2029}"
+      return isControl ? "\\u{\(String(scalar.value, radix: 16))}" : String(scalar)
+    }.joined()
+  }
+
+  /// The text cut where it is very long: what is quoted in an error.
   var printable: String {
     let lengthMax = 80
-    let escaped = unicodeScalars.prefix(lengthMax).map { scalar in
-      scalar.value < 0x20 || scalar.value == 0x7F ? "\\u{\(String(scalar.value, radix: 16))}" : String(scalar)
-    }.joined()
-    return unicodeScalars.count > lengthMax ? escaped + "…" : escaped
+    return unicodeScalars.count > lengthMax
+      ? String(String.UnicodeScalarView(unicodeScalars.prefix(lengthMax))) + "…" : self
   }
 }
