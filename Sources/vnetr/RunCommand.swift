@@ -3,7 +3,6 @@ import Control
 import Logging
 
 extension CountersFormat: ExpressibleByArgument {}
-extension Logger.Level: @retroactive ExpressibleByArgument {}
 
 struct RunCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
@@ -38,8 +37,17 @@ struct RunCommand: ParsableCommand {
   @Option(help: ArgumentHelp("How counters are printed: table or json.", valueName: "format"))
   var countersFormat: CountersFormat = .table
 
-  @Option(help: ArgumentHelp("The least severe level that is logged: debug, info, …", valueName: "level"))
+  @Option(
+    help: ArgumentHelp("The least severe level that is logged: \(levels) (default: info).", valueName: "level"),
+    transform: level)
   var logLevel: Logger.Level = .info
+
+  private static let levels = Logger.Level.allCases.map(\.rawValue).joined(separator: ", ")
+
+  private static func level(_ text: String) throws -> Logger.Level {
+    guard let level = Logger.Level(rawValue: text) else { throw ValidationError("use one of \(levels)") }
+    return level
+  }
 
   // The tuning flags come from the table of keys, which ArgumentParser's declarations cannot read: they are what it
   // does not recognize.

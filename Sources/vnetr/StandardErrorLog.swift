@@ -15,6 +15,7 @@ struct StandardErrorLog: LogHandler {
     var line = "\(event.level.rawValue.uppercased()) \(event.message)"
     let all = metadata.merging(event.metadata ?? [:]) { _, new in new }
     for (key, value) in all.sorted(by: { $0.key < $1.key }) { line += " \(key)=\(quotedIfNeeded("\(value)"))" }
+    if let error = event.error { line += " error=\(quotedIfNeeded("\(error)"))" }
     writeToStandardError(line)
   }
 
