@@ -34,6 +34,8 @@ final class SimulatedHost {
       plan.isIPv6 = random.chance(0.3)
       plan.dispatch.mode = [.guestDriven, .vmmDriven, .adaptive][random.below(3)]
       plan.dispatch.yield = [.immediate, .timed, .adaptive][random.below(3)]
+      // Short against a run, so that adaptive dispatch changes its mind.
+      plan.dispatch.periodNanoseconds = 200_000
       plan.dispatch.batchWaitNanoseconds = random.chance(0.3) ? 20_000 : 0
       return plan
     }
@@ -56,6 +58,7 @@ final class SimulatedHost {
     let counters = CounterBlock()
     let underlay = CounterBlock()
     var isStopped = false
+    var closingLanes: Set<Int> = []
 
     init(_ network: SimulatedNetwork, _ plan: Plan, _ view: SnapshotView) throws {
       mailbox = try Mailbox(controlWaker: -1)
@@ -206,8 +209,10 @@ final class SimulatedHost {
           }
         case .laneFailed(let lane, let error):
           reportsSeen.append("lane \(error)")
-          send(.closeLane(lane), to: number)
+          // Several chains may have failed before the worker reads the command: one close is enough.
+          if seat.closingLanes.insert(lane).inserted { send(.closeLane(lane), to: number) }
         case .laneClosed(let lane) where !isStopping:
+          seat.closingLanes.remove(lane)
           if lane < plan.portCount, !network.isGone(device: devices[lane]) {
             let index = InterfaceIndex(lane)
             send(.openLane(lane, .tap, interface: index, descriptor: queues[lane][number]), to: number)
@@ -245,6 +250,7 @@ final class SimulatedHost {
   func ports(_ counter: Counter) -> Int { sum(counter, 0..<plan.portCount) }
   func links(_ counter: Counter) -> Int { sum(counter, plan.portCount..<plan.portCount + plan.hosts - 1) }
   func underlay(_ counter: Counter) -> Int { seats.reduce(0) { $0 + Int($1.underlay.value(counter)) } }
+  func workers(_ counter: Counter) -> Int { seats.reduce(0) { $0 + Int($1.counters.value(counter)) } }
   func domains(_ counter: Counter) -> Int {
     domainBlocks.reduce(0) { $0 + $1.reduce(0) { $0 + Int($1.value(counter)) } }
   }
