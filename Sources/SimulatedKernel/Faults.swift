@@ -113,6 +113,8 @@ public enum Violation: Sendable, Equatable {
   case slotNotPosted(slot: Int)
   /// What the kernel reads of a send (message, header, frame) changed before its `sent` event.
   case sendChanged(lane: Int, position: Int)
+  /// The worker's memory counts more or fewer slots as posted than the kernel has. Recorded once for each worker.
+  case slotsUnaccounted(posted: Int, lent: Int)
   /// A send's message is malformed: no vectors, a control message of the wrong family, a TAP write without a header.
   case malformedSend(lane: Int, position: Int)
   /// A source was armed that is armed.

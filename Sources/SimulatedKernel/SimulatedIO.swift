@@ -27,6 +27,8 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
   private var posted = Queue<Int>()
   /// The slots that the kernel has, filled and not yet reported ones included.
   private var slotsLent: [Bool] = []
+  private var lentCount = 0
+  private var hasReportedSlots = false
   /// Calls of `collect` so far: what delayed operations count.
   private var collects = 0
   private var completionSequence = 0
@@ -117,6 +119,7 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
 
   deinit {
     // The ring goes and with it everything that is out.
+    network.countUnreported(posted.count - lentCount)
     for source in sources where source.isArmed { network.countOut(source.descriptor, -1) }
     for index in lanes.indices {
       network.countOut(lanes[index].descriptor, -(lanes[index].isOut ? 1 : 0) - (lanes[index].isAwaiting ? 1 : 0))
@@ -173,6 +176,7 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     guard memory.isPosted(slot) else { return network.record(.slotNotPosted(slot: slot)) }
     if network.strikes(.lostSlot, rate: 0.05) { return }
     slotsLent[slot] = true
+    lentCount += 1
     posted.append(slot)
   }
 
@@ -183,6 +187,7 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     while !posted.isEmpty {
       let slot = posted.popFirst()
       slotsLent[slot] = false
+      lentCount -= 1
       memory.unpost(slot)
     }
   }
@@ -311,6 +316,15 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
       carryOut(&memory)
     }
     report(&memory, &events)
+    auditSlots(memory)
+  }
+
+  /// The worker's books say how many slots are posted; the kernel's, how many it has.
+  private mutating func auditSlots(_ memory: borrowing FrameMemory) {
+    let lent = lentCount
+    guard memory.postedCount != lent, !hasReportedSlots else { return }
+    hasReportedSlots = true
+    network.record(.slotsUnaccounted(posted: memory.postedCount, lent: lent))
   }
 
   /// Completions that this call may report.
@@ -425,7 +439,7 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     event.isTruncated = length < item.bytes.count
     event.sender = item.sender
     event.typeOfService = item.typeOfService
-    receivedUnreportedCount += 1
+    network.countUnreported(1)
     complete(source, event)
   }
 
@@ -509,7 +523,8 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
         let event = sources[number].completions.popFirst().event
         if event.kind == .received {
           slotsLent[Int(event.slot)] = false
-          receivedUnreportedCount -= 1
+          lentCount -= 1
+          network.countUnreported(-1)
           memory.received(Int(event.slot))
         } else {
           sources[number].isArmed = false
@@ -553,8 +568,6 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     return oldest?.number
   }
 
-  /// Frames and datagrams that were received into slots and are not yet reported.
-  public private(set) var receivedUnreportedCount = 0
   /// Whether nothing that the worker asked for, other than to receive, is out or to be reported.
   public var isIdle: Bool {
     for index in sources.indices where !sources[index].completions.isEmpty { return false }

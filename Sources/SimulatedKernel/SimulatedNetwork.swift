@@ -78,6 +78,7 @@ public final class SimulatedNetwork {
   package private(set) var plantedCount = 0
 
   private var descriptors: [OpenDescriptor] = []
+  private var foreignWakers: [(foreign: Int32, own: Int32)] = []
   private var devices: [Device] = []
   private var sockets: [Socket] = []
   private var wire: [WireEvent] = []
@@ -117,6 +118,9 @@ public final class SimulatedNetwork {
   }
 
   private func index(_ descriptor: Int32) -> Int? {
+    if descriptor < Self.descriptorFirst {
+      return foreignWakers.first { $0.foreign == descriptor }.map { Int($0.own - Self.descriptorFirst) }
+    }
     let index = Int(descriptor) - Int(Self.descriptorFirst)
     return descriptors.indices.contains(index) ? index : nil
   }
@@ -249,6 +253,12 @@ public final class SimulatedNetwork {
 
   /// An eventfd; returns its descriptor.
   public func openWaker() -> Int32 { add(.waker(count: 0)) }
+
+  /// Makes an eventfd of the machine known, one that a worker arms: `wake` takes its number then. Nothing reads it.
+  public func addWaker(_ descriptor: Int32) {
+    precondition(descriptor >= 0 && descriptor < Self.descriptorFirst)
+    foreignWakers.append((descriptor, openWaker()))
+  }
 
   /// Writes to an eventfd: any number of writes before it is read make one wake-up.
   public func wake(_ descriptor: Int32) {
@@ -535,14 +545,19 @@ public final class SimulatedNetwork {
     }
   }
 
+  func countUnreported(_ change: Int) { unreportedCount += change }
+
   // MARK: Accounts
+
+  /// Frames and datagrams that lie in slots, received and counted as such, and whose event no worker has seen yet.
+  public private(set) var unreportedCount = 0
 
   /// Frames that guests sent and no worker has received yet.
   public var framesQueued: Int { devices.reduce(0) { $0 + $1.queues.reduce(0) { $0 + $1.count } } }
   /// Datagrams that were sent and no worker has received yet.
   public var datagramsInFlight: Int { datagramsOnWire + sockets.reduce(0) { $0 + $1.received.count } }
   /// Whether nothing waits in the network.
-  public var isIdle: Bool { framesQueued == 0 && datagramsInFlight == 0 && wire.isEmpty }
+  public var isIdle: Bool { framesQueued == 0 && datagramsInFlight == 0 && wire.isEmpty && unreportedCount == 0 }
 
   /// Whether every frame and datagram is where the counts say: the network's own conservation.
   public var isConserved: Bool {

@@ -46,7 +46,7 @@ struct Relay: ~Copyable {
 
   var dropCount: Int { drops.values.reduce(0, +) }
   var waitingCount: Int { lanes.reduce(0) { $0 + $1.waiting.count + $1.chain.count } }
-  var isQuiet: Bool { waitingCount == 0 && io.isIdle && io.receivedUnreportedCount == 0 }
+  var isQuiet: Bool { waitingCount == 0 && io.isIdle }
   var hasEnded: Bool { isStopping && !isArmed.contains(true) && isQuiet }
 
   mutating func turn(_ wait: Wait = .forEvent) {

@@ -274,6 +274,10 @@ struct RelayRun {
   func lostSlotIsFound() throws {
     let run = try RelayRun(seed: 11, faults: Faults.none, planted: .lostSlot)
     #expect(run.leakedSlots > 0)
+    #expect(
+      run.violations.contains { violation in
+        if case .slotsUnaccounted(let posted, let lent) = violation { posted > lent } else { false }
+      })
     #expect(run.orderProblems == [])
     #expect(run.missing == 0)
   }

@@ -1,0 +1,276 @@
+import Glibc
+import SimulatedKernel
+import Testing
+
+@testable import Datapath
+
+/// Two or three hosts with the real worker over the simulated kernel: guests send numbered frames, unicast and broadcast,
+/// in one or two domains with the same MACs, under a mixture of faults.
+struct ForwarderRun {
+  var problems: [String] = []
+  var violations: [Violation] = []
+  var counts = SimulatedNetwork.Counts()
+  var delivered = 0
+  var dropped = 0
+  /// Every counter of domains, underlay and workers, summed.
+  var reached: [Counter: Int] = [:]
+  var plantedCount = 0
+  var nanoseconds: UInt64 = 0
+
+  /// What was found, by the check that finds it.
+  var ordering: [String] = []
+  var conservation: [String] = []
+  var slots: [String] = []
+  var all: [String] { problems + ordering + conservation + slots + violations.map { "\($0)" } }
+
+  init(
+    seed: UInt64, faults: Faults? = nil, plan: SimulatedHost.Plan? = nil, planted: PlantedFault? = nil, frames: Int = 60
+  ) throws {
+    let network = SimulatedNetwork(seed: seed)
+    network.faults = faults ?? Faults.mixture(&network.random)
+    network.planted = planted
+    let plan = plan ?? SimulatedHost.Plan.mixture(&network.random)
+    var hosts = try (0..<plan.hosts).map { try SimulatedHost(network, plan, number: $0) }
+    // For the workers to open what they were told to.
+    for _ in 0..<50 { for host in hosts { try host.turn() } }
+
+    // A guest is a port of a host; its number within its domain makes its MAC, so domains use the same MACs.
+    struct Guest {
+      var host: Int
+      var port: Int
+      var domain: Int
+      var mac: UInt64
+      var sent = 0
+      var checker = OrderChecker()
+    }
+    var guests: [Guest] = []
+    for host in 0..<plan.hosts {
+      for port in 0..<plan.portCount {
+        let number = host * plan.guests + port / plan.domains
+        guests.append(
+          Guest(host: host, port: port, domain: plan.domain(ofPort: port), mac: 0x0200_0000_0001 + UInt64(number)))
+      }
+    }
+    var numbers: [UInt32: UInt32] = [:]
+
+    /// Takes what arrived at the guests and checks it.
+    func look() {
+      for place in guests.indices {
+        for written in network.takeWritten(device: hosts[guests[place].host].devices[guests[place].port]) {
+          guard let frame = guests[place].checker.check(written.frame) else { continue }
+          delivered += 1
+          if frame.flow >> 24 != guests[place].domain {
+            problems.append("a frame of domain \(frame.flow >> 24) reached domain \(guests[place].domain)")
+          }
+          if frame.source == guests[place].mac { problems.append("guest \(place) got its own frame") }
+        }
+      }
+    }
+
+    /// A datagram that no host sent and none may forward.
+    func forge() {
+      let host = network.random.below(plan.hosts)
+      let peer = plan.address((host + 1) % plan.hosts)
+      // Flags, reserved, VNI, reserved; then an inner frame.
+      let header: [UInt8] = [8, 0, 0, 0, 0, 0, UInt8(plan.vni(0)), 0]
+      let frame = NumberedFrame(destination: NumberedFrame.broadcast, source: 0x0200_0000_0001, flow: 0, number: 0)
+        .bytes(count: 80)
+      var source = peer
+      let bytes: [UInt8]
+      switch network.random.below(6) {
+      case 0:
+        source = plan.address(100)
+        bytes = header + frame
+      case 1: bytes = Array(header.prefix(network.random.below(8)))
+      case 2: bytes = [0] + header.dropFirst() + frame
+      case 3: bytes = [8, 0, 0, 0, 0, 99, 0, 0] + frame
+      case 4: bytes = header + frame.prefix(network.random.below(14))
+      // The inner IP header claims more than there is.
+      default: bytes = header + frame.prefix(60)
+      }
+      let to = plan.address(host)
+      network.forge(bytes, from: source, port: UInt16(network.random.number(in: 1...60_000)), to: to, port: 4789)
+    }
+
+    var isFinished = false
+    for turn in 0..<200_000 {
+      for place in guests.indices where guests[place].sent < frames {
+        let sender = guests[place]
+        let device = hosts[sender.host].devices[sender.port]
+        for _ in 0..<network.random.below(6) where guests[place].sent < frames {
+          let kind = network.random.below(3)
+          let others = guests.filter { $0.domain == sender.domain && $0.mac != sender.mac }
+          let isBroadcast = network.random.chance(0.1)
+          let other = network.random.below(others.count)
+          let destination = isBroadcast ? NumberedFrame.broadcast : others[other].mac
+          // Domain, sender, destination, kind: one flow.
+          let flow =
+            UInt32(sender.domain) << 24 | UInt32(place) << 16 | UInt32(isBroadcast ? 255 : other) << 8 | UInt32(kind)
+          let number = numbers[flow, default: 0]
+          let frame = NumberedFrame(destination: destination, source: sender.mac, flow: flow, number: number)
+          let bytes = frame.bytes(count: network.random.number(in: NumberedFrame.bytesMin...300))
+          // The guest's kernel keeps a flow on one queue.
+          guard network.inject(bytes, device: device, queue: Int(flow % UInt32(plan.workers))) else { break }
+          numbers[flow] = number + 1
+          guests[place].sent += 1
+        }
+        if network.isGone(device: device) { guests[place].sent = frames }
+      }
+      if network.random.chance(0.02), !guests.allSatisfy({ $0.sent >= frames }) { forge() }
+      if network.random.chance(0.005) { try hosts[network.random.below(hosts.count)].publish() }
+      for host in hosts { try host.turn() }
+      look()
+      // An audit in mid-run holds too.
+      if turn % 64 == 63 {
+        for host in hosts {
+          for audit in host.audits() where !audit.holds { conservation.append("turn \(turn): \(audit)") }
+        }
+        isFinished =
+          guests.allSatisfy { $0.sent >= frames } && network.isIdle && hosts.allSatisfy { $0.inFlight == 0 }
+        if isFinished || !conservation.isEmpty { break }
+      }
+    }
+    if !isFinished && conservation.isEmpty {
+      problems.append(
+        "frames are stuck: queued \(network.framesQueued), on the wire \(network.datagramsInFlight), "
+          + "in slots \(network.unreportedCount), at workers \(hosts.map(\.inFlight))")
+    }
+    for host in hosts { host.drain() }
+    for _ in 0..<20_000 {
+      if hosts.allSatisfy(\.isStopped) { break }
+      for host in hosts { try host.turn() }
+    }
+    look()
+    if !hosts.allSatisfy(\.isStopped) { problems.append("a worker does not stop") }
+
+    // Each host by its own books.
+    for host in hosts {
+      for audit in host.audits() {
+        if audit.slotsLost != 0 || audit.operationsLost != 0 { slots.append("host \(host.number): \(audit)") }
+        if !audit.holds { conservation.append("host \(host.number): \(audit)") }
+      }
+    }
+    // The hosts' books against what the network and the guests saw.
+    func same(_ what: String, _ left: Int, _ right: Int) {
+      if left != right { conservation.append("\(what): \(left), \(right)") }
+    }
+    func total(_ value: (SimulatedHost) -> Int) -> Int { hosts.reduce(0) { $0 + value($1) } }
+    same("frames that devices gave, and ports got", network.counts.framesReceived, total { $0.ports(.inFrames) })
+    same("frames that ports sent, and devices took", total { $0.ports(.outFrames) }, network.counts.framesWritten)
+    same("frames that links sent, and sockets took", total { $0.links(.outFrames) }, network.counts.datagramsSent)
+    same(
+      "datagrams that sockets gave, and workers got", network.counts.datagramsReceived, total { $0.underlay(.inFrames) }
+    )
+    same(
+      "frames that devices took, and guests saw", network.counts.framesWritten,
+      guests.reduce(0) { $0 + $1.checker.delivered })
+    if !network.isConserved { conservation.append("the network lost count: \(network.counts)") }
+
+    for (place, guest) in guests.enumerated() { ordering += guest.checker.problems.map { "guest \(place): \($0)" } }
+    for counter in Counter.allCases {
+      let value = total { $0.domains(counter) + $0.underlay(counter) + $0.workers(counter) }
+      reached[counter, default: 0] += value
+      if counter.isDrop { dropped += value }
+    }
+    // Closes every descriptor: nothing may be out on any.
+    hosts.removeAll()
+    violations = network.violations
+    counts = network.counts
+    plantedCount = network.plantedCount
+    nanoseconds = network.clock.nanoseconds
+  }
+}
+
+@Suite struct SeedsTests {
+  /// How many seeds to run; the first is 1. `VNETR_SEED` runs one alone.
+  static var seeds: ClosedRange<UInt64> {
+    func number(_ name: String) -> UInt64? {
+      guard let text = unsafe getenv(name) else { return nil }
+      return unsafe UInt64(String(cString: text))
+    }
+    if let seed = number("VNETR_SEED") { return seed...seed }
+    return 1...max(1, number("VNETR_SEEDS") ?? 1_000)
+  }
+
+  @Test("over many seeds frames are conserved, slots keep one owner and flows their order")
+  func manySeeds() throws {
+    var delivered = 0
+    var reached: [Counter: Int] = [:]
+    var failures = 0
+    for seed in Self.seeds {
+      let run = try ForwarderRun(seed: seed)
+      #expect(run.all == [], "seed \(seed)")
+      delivered += run.delivered
+      reached.merge(run.reached, uniquingKeysWith: +)
+      if !run.all.isEmpty { failures += 1 }
+      if failures == 5 { break }
+    }
+    // The mixtures must neither let nothing through nor be harmless: what they are for is reached.
+    #expect(delivered > 50 * Self.seeds.count)
+    guard Self.seeds.count >= 200 else { return }
+    for counter in Self.mustBeReached { #expect(reached[counter, default: 0] > 0, "\(counter) was never reached") }
+  }
+
+  private static let mustBeReached: [Counter] = [
+    .copies, .dropUnknownSource, .dropShortHeader, .dropNoVNIFlag, .dropUnknownVNI, .dropOversizedDatagram,
+    .dropBadInnerLength, .dropOversizedFrame, .dropInterfaceDown, .dropQueueFull, .dropNoSendOperation, .dropTooBig,
+    .dropRefused, .dropSendFailed, .dropShortWrite, .macsLearned, .receiveRearms, .receiveStarved, .laneBlocks,
+    .resends,
+    .modeSwitches,
+  ]
+
+  @Test("without faults nothing is dropped but what has nowhere to go")
+  func faultless() throws {
+    var plan = SimulatedHost.Plan()
+    plan.hosts = 3
+    plan.domains = 2
+    plan.guests = 2
+    let run = try ForwarderRun(seed: 1, faults: Faults.none, plan: plan)
+    #expect(run.all == [])
+    #expect(run.delivered >= 60 * 12)
+  }
+
+  @Test("a slot that the kernel loses is found by the slot audit")
+  func lostSlotIsFound() throws {
+    var plan = SimulatedHost.Plan()
+    plan.workers = 2
+    let run = try ForwarderRun(seed: 2, faults: Faults.none, plan: plan, planted: .lostSlot)
+    #expect(run.plantedCount > 0)
+    #expect(
+      run.violations.contains { violation in
+        if case .slotsUnaccounted(let posted, let lent) = violation { posted > lent } else { false }
+      })
+    #expect(run.ordering == [])
+    #expect(run.conservation == [])
+  }
+
+  @Test("a flow that the kernel reorders is found by the order checker")
+  func reorderedFlowIsFound() throws {
+    let run = try ForwarderRun(seed: 3, faults: Faults.none, plan: SimulatedHost.Plan(), planted: .reorderedChain)
+    #expect(run.plantedCount > 0)
+    #expect(run.ordering.count > 0)
+    #expect(run.conservation == [])
+    #expect(run.slots == [])
+  }
+
+  @Test("a drop that nobody counts is found by conservation")
+  func uncountedDropIsFound() throws {
+    let run = try ForwarderRun(seed: 4, faults: Faults.none, plan: SimulatedHost.Plan(), planted: .uncountedDrop)
+    #expect(run.plantedCount > 0)
+    #expect(run.conservation.count > 0)
+    #expect(run.ordering == [])
+    #expect(run.slots == [])
+  }
+
+  @Test("devices that go away and datagrams that are lost leave nothing uncounted")
+  func lossAndDeviceLoss() throws {
+    for seed in UInt64(1)...10 {
+      var random = SimulatedRandom(seed: seed)
+      var faults = Faults.mixture(&random)
+      faults.lostDatagram = 0.05
+      faults.deviceLoss = 0.0005
+      let run = try ForwarderRun(seed: seed, faults: faults)
+      #expect(run.all == [], "seed \(seed)")
+    }
+  }
+}

@@ -1,0 +1,260 @@
+import Glibc
+import SimulatedKernel
+
+@testable import Datapath
+
+/// One host of a simulated network, as control would set it up: its workers, the tables that they share, and control's
+/// end of their mailboxes.
+final class SimulatedHost {
+  /// What hosts are like; the same for all hosts of a run.
+  struct Plan {
+    var hosts = 2
+    var workers = 1
+    /// Guests of each host in each domain.
+    var guests = 1
+    var domains = 1
+    /// Source ports, and so lanes, of a link.
+    var linkLanes = 2
+    var slots = 64
+    var posted = 16
+    var operations = 128
+    var isIPv6 = false
+    var dispatch = Dispatch.Settings()
+
+    static func mixture(_ random: inout SimulatedRandom) -> Plan {
+      var plan = Plan()
+      plan.hosts = random.number(in: 2...3)
+      plan.workers = random.number(in: 1...2)
+      plan.guests = random.number(in: 1...2)
+      plan.domains = random.number(in: 1...2)
+      plan.linkLanes = random.number(in: 1...3)
+      plan.posted = random.number(in: 2...24)
+      plan.slots = plan.posted + random.number(in: 1...64)
+      plan.operations = random.number(in: 4...200)
+      plan.isIPv6 = random.chance(0.3)
+      plan.dispatch.mode = [.guestDriven, .vmmDriven, .adaptive][random.below(3)]
+      plan.dispatch.yield = [.immediate, .timed, .adaptive][random.below(3)]
+      // Short against a run, so that adaptive dispatch changes its mind.
+      plan.dispatch.periodNanoseconds = 200_000
+      plan.dispatch.batchWaitNanoseconds = random.chance(0.3) ? 20_000 : 0
+      return plan
+    }
+
+    func address(_ host: Int) -> UnderlayAddress {
+      isIPv6
+        ? UnderlayAddress(high: 0xFD00 << 48, low: UInt64(host + 1)) : UnderlayAddress(ipv4: 0x0A00_0001 + UInt32(host))
+    }
+    func vni(_ domain: Int) -> UInt32 { UInt32(42 + domain) }
+    var portCount: Int { guests * domains }
+    func domain(ofPort port: Int) -> Int { port % domains }
+  }
+
+  /// A worker and control's end of it.
+  private final class Seat {
+    var worker: Worker<SimulatedIO>
+    let mailbox: Mailbox
+    var commands: SPSCRing<Command>.Producer
+    var reports: SPSCRing<Report>.Consumer
+    let counters = CounterBlock()
+    let underlay = CounterBlock()
+    var isStopped = false
+    var closingLanes: Set<Int> = []
+
+    init(_ network: SimulatedNetwork, _ plan: Plan, _ view: SnapshotView) throws {
+      mailbox = try Mailbox(controlWaker: -1)
+      network.addWaker(mailbox.workerWaker)
+      commands = mailbox.commands.makeProducer()
+      reports = mailbox.reports.makeConsumer()
+      var settings = Worker<SimulatedIO>.Settings()
+      settings.dispatch = plan.dispatch
+      settings.postedSlots = plan.posted
+      settings.sources = 1 + plan.portCount + 1
+      settings.lanes = plan.portCount + (plan.hosts - 1) * plan.linkLanes
+      settings.interfaces = plan.portCount + plan.hosts - 1
+      settings.domains = plan.domains
+      settings.operations = plan.operations
+      worker = Worker(
+        io: SimulatedIO(network, chainFramesMax: 16),
+        memory: try FrameMemory(slotCount: plan.slots, hugePages: false), mailbox: mailbox, settings: settings,
+        view: view, workerCounters: counters.writer, underlayCounters: underlay.writer)
+    }
+  }
+
+  let plan: Plan
+  let number: Int
+  /// The device of each port.
+  let devices: [Int]
+  private let network: SimulatedNetwork
+  private var seats: [Seat] = []
+  private var tables: [MACTable] = []
+  /// All that a worker may still use.
+  private var snapshots: [Snapshot] = []
+  private var descriptors: [Int32] = []
+  /// Queues by port and worker, sockets by worker.
+  private var queues: [[Int32]] = []
+  private var receivers: [Int32] = []
+  private var interfaceBlocks: [[CounterBlock]] = []
+  private var domainBlocks: [[CounterBlock]] = []
+  private(set) var reportsSeen: [String] = []
+
+  init(_ network: SimulatedNetwork, _ plan: Plan, number: Int) throws {
+    self.network = network
+    self.plan = plan
+    self.number = number
+    devices = (0..<plan.portCount).map { _ in network.addDevice() }
+    for domain in 0..<plan.domains { tables.append(MACTable(macsMax: 64, seed: UInt64(number * 7 + domain))) }
+    snapshots = [try makeSnapshot(version: 1)]
+    for port in 0..<plan.portCount {
+      queues.append((0..<plan.workers).map { _ in open(network.openQueue(device: devices[port])) })
+    }
+    for _ in 0..<plan.workers {
+      receivers.append(open(network.openSocket(plan.address(number), port: 4789)))
+      seats.append(try Seat(network, plan, snapshots[0].view))
+      interfaceBlocks.append((0..<plan.portCount + plan.hosts - 1).map { _ in CounterBlock() })
+      domainBlocks.append((0..<plan.domains).map { _ in CounterBlock() })
+    }
+    for worker in 0..<plan.workers { configure(worker) }
+  }
+
+  deinit {
+    // Control's part: everything it lent is closed when nobody uses it any more.
+    seats.removeAll()
+    for descriptor in descriptors { network.close(descriptor) }
+  }
+
+  private func open(_ descriptor: Int32) -> Int32 {
+    descriptors.append(descriptor)
+    return descriptor
+  }
+
+  private var peers: [Int] { (0..<plan.hosts).filter { $0 != number } }
+
+  private func makeSnapshot(version: UInt64) throws -> Snapshot {
+    var interfaces: [Snapshot.Interface] = []
+    for port in 0..<plan.portCount {
+      interfaces.append(
+        Snapshot.Interface(
+          InterfaceIndex(port), .port(domain: DomainIndex(plan.domain(ofPort: port))), mtuBytes: 1450))
+    }
+    for (place, peer) in peers.enumerated() {
+      interfaces.append(
+        Snapshot.Interface(
+          InterfaceIndex(plan.portCount + place),
+          .link(peer: plan.address(peer), domains: (0..<plan.domains).map { DomainIndex($0) }), mtuBytes: 1450))
+    }
+    return try Snapshot(
+      version: version, interfaces: interfaces,
+      domains: (0..<plan.domains).map { Snapshot.Domain(DomainIndex($0), vni: plan.vni($0), macs: tables[$0]) })
+  }
+
+  private func configure(_ worker: Int) {
+    for domain in 0..<plan.domains {
+      send(.addDomain(DomainIndex(domain), domainBlocks[worker][domain].writer), to: worker)
+    }
+    for port in 0..<plan.portCount {
+      let index = InterfaceIndex(port)
+      let record = InterfaceRecord(
+        .tap, laneFirst: port, laneCount: 1, counters: interfaceBlocks[worker][port].writer)
+      send(.addInterface(index, record), to: worker)
+      send(.openLane(port, .tap, interface: index, descriptor: queues[port][worker]), to: worker)
+      openSource(port, at: worker)
+    }
+    for (place, peer) in peers.enumerated() {
+      let index = InterfaceIndex(plan.portCount + place)
+      let first = plan.portCount + place * plan.linkLanes
+      let record = InterfaceRecord(
+        .vxlan, laneFirst: first, laneCount: plan.linkLanes, counters: interfaceBlocks[worker][index.index].writer)
+      send(.addInterface(index, record), to: worker)
+      for lane in first..<first + plan.linkLanes {
+        let socket = open(
+          network.openSocket(plan.address(number), connectedTo: plan.address(peer), port: 4789))
+        let kind: LaneKind = plan.isIPv6 ? .datagramIPv6 : .datagramIPv4
+        send(.openLane(lane, kind, interface: index, descriptor: socket), to: worker)
+      }
+    }
+    send(
+      .openSource(
+        1 + plan.portCount, .datagram, interface: .none, domain: .none, descriptor: receivers[worker]), to: worker)
+  }
+
+  private func openSource(_ port: Int, at worker: Int) {
+    send(
+      .openSource(
+        1 + port, .tap, interface: InterfaceIndex(port), domain: DomainIndex(plan.domain(ofPort: port)),
+        descriptor: queues[port][worker]), to: worker)
+  }
+
+  private func send(_ command: Command, to worker: Int) {
+    let isSent = seats[worker].commands.push(command)
+    precondition(isSent, "the mailbox is full")
+    network.wake(seats[worker].mailbox.workerWaker)
+  }
+
+  /// One turn of each worker, and what control does about their reports.
+  func turn() throws {
+    for (number, seat) in seats.enumerated() where !seat.isStopped {
+      let goesOn = seat.worker.turn()
+      if !goesOn { seat.isStopped = true }
+      while let report = seat.reports.pop() {
+        switch report {
+        case .sourceFailed(let source, let error):
+          reportsSeen.append("source \(error)")
+          // A device that is still there is opened again; the underlay's socket always is.
+          if source == 1 + plan.portCount {
+            send(
+              .openSource(source, .datagram, interface: .none, domain: .none, descriptor: receivers[number]),
+              to: number)
+          } else if !network.isGone(device: devices[source - 1]) {
+            openSource(source - 1, at: number)
+          }
+        case .laneFailed(let lane, let error):
+          reportsSeen.append("lane \(error)")
+          // Several chains may have failed before the worker reads the command: one close is enough.
+          if seat.closingLanes.insert(lane).inserted { send(.closeLane(lane), to: number) }
+        case .laneClosed(let lane) where !isStopping:
+          seat.closingLanes.remove(lane)
+          if lane < plan.portCount, !network.isGone(device: devices[lane]) {
+            let index = InterfaceIndex(lane)
+            send(.openLane(lane, .tap, interface: index, descriptor: queues[lane][number]), to: number)
+          }
+        case .adopted(let version):
+          adopted[number] = version
+          let oldest = adopted.min()!
+          snapshots.removeAll { $0.version < oldest }
+        default: break
+        }
+      }
+    }
+  }
+
+  private lazy var adopted = [UInt64](repeating: 1, count: plan.workers)
+  private var isStopping = false
+
+  /// Publishes a new snapshot of the same state: nothing may be lost by it.
+  func publish() throws {
+    let snapshot = try makeSnapshot(version: snapshots.last!.version + 1)
+    snapshots.append(snapshot)
+    for worker in 0..<plan.workers { send(.adopt(snapshot.view), to: worker) }
+  }
+
+  func drain() {
+    isStopping = true
+    for worker in 0..<plan.workers { send(.drain, to: worker) }
+  }
+
+  var isStopped: Bool { seats.allSatisfy(\.isStopped) }
+  func audits() -> [Audit] { seats.map { $0.worker.audit() } }
+  var inFlight: Int { audits().reduce(0) { $0 + Int($1.inFlight) } }
+
+  /// The sum of a counter over the workers and over the host's ports, its links, or its underlay.
+  func ports(_ counter: Counter) -> Int { sum(counter, 0..<plan.portCount) }
+  func links(_ counter: Counter) -> Int { sum(counter, plan.portCount..<plan.portCount + plan.hosts - 1) }
+  func underlay(_ counter: Counter) -> Int { seats.reduce(0) { $0 + Int($1.underlay.value(counter)) } }
+  func workers(_ counter: Counter) -> Int { seats.reduce(0) { $0 + Int($1.counters.value(counter)) } }
+  func domains(_ counter: Counter) -> Int {
+    domainBlocks.reduce(0) { $0 + $1.reduce(0) { $0 + Int($1.value(counter)) } }
+  }
+  private func sum(_ counter: Counter, _ range: Range<Int>) -> Int {
+    interfaceBlocks.reduce(0) { sum, blocks in sum + range.reduce(0) { $0 + Int(blocks[$1].value(counter)) } }
+  }
+}
