@@ -15,6 +15,6 @@ usage() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$self"; }
 
 # Builds the release forwarder and prints its path.
 build_release() {
-  swift build --configuration release --product vnetr >&2
+  swift build --configuration release --product vnetr >&2 || return
   echo "$(swift build --configuration release --show-bin-path)/vnetr"
 }
