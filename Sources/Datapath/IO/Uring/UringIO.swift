@@ -124,6 +124,13 @@ public struct UringIO: ~Copyable, WorkerIO {
       }
     }
 
+    // A filter may let a ring be made and forbid its use.
+    let entered = unsafe Self.runNothing(ring)
+    guard entered == 0 else {
+      unsafe Self.freeRing(ring)
+      throw SystemError(entered, doing: "use an io_uring")
+    }
+
     let highest = unsafe Self.highestOperation(ring)
     // Multishot recvmsg came with the same release as SEND_ZC (6.0), and is not in the probe by itself.
     if highest < Int(IORING_OP_SEND_ZC.rawValue) { features.remove(.multishotReceive) }
@@ -228,6 +235,17 @@ public struct UringIO: ~Copyable, WorkerIO {
   private static func freeRing(_ ring: UnsafeMutablePointer<io_uring>) {
     unsafe io_uring_queue_exit(ring)
     unsafe ring.deallocate()
+  }
+
+  /// Carries out a no-operation; returns 0 or the error number of entering the kernel.
+  @unsafe
+  private static func runNothing(_ ring: UnsafeMutablePointer<io_uring>) -> Int32 {
+    guard let entry = unsafe io_uring_get_sqe(ring) else { return EBUSY }
+    unsafe io_uring_prep_nop(entry)
+    let entered = unsafe io_uring_submit_and_wait(ring, 1)
+    guard entered >= 0 else { return -entered }
+    unsafe io_uring_cq_advance(ring, io_uring_cq_ready(ring))
+    return 0
   }
 
   /// Allows this ring only what this file does: whoever took over the process could not open a file through it.
