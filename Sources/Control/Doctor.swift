@@ -83,36 +83,32 @@ public enum Doctor {
   }
 
   private static func uringItems() -> [DoctorItem] {
-    let findings = UringFindings.probe()
     let setting = firstLine("/proc/sys/kernel/io_uring_disabled")
+    var features: UringFeatures?
+    var refusal: String?
+    do throws(SystemError) {
+      features = try UringFeatures.probe()
+    } catch {
+      refusal = error.description
+    }
     var items = [
       DoctorItem(
-        "io_uring", findings.refusal.map { "no: \($0)" } ?? "ring, operation and registration work",
-        findings.refusal == nil ? .ok : .needed, cost: "cannot run",
+        "io_uring", refusal.map { "no: \($0)" } ?? "ring, operation and registration work",
+        refusal == nil ? .ok : .needed, cost: "cannot run",
         remedy: setting == "0" || setting == nil
-          ? "allow io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp filter; "
-            + "it needs a kernel of 5.19 or later"
+          ? "allow io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp filter"
           : "sysctl kernel.io_uring_disabled=0"),
       DoctorItem(
         "kernel.io_uring_disabled", setting ?? "no such setting", .note,
         cost: "1 allows only members of kernel.io_uring_group, 2 nobody"),
     ]
-    let costs: [(Configuration.UringFeature, String)] = [
-      (.singleIssuer, "some locking in the kernel with every call (kernel 6.0)"),
-      (.deferTaskrun, "completions interrupt the worker: more calls and wake-ups (kernel 6.1)"),
-      (.cqeSkip, "a completion for every send of a chain (kernel 5.17)"),
-      (.bufferRings, "receives name their buffers one by one: no multishot (kernel 5.19)"),
-      (.multishotReceive, "a request for every datagram (kernel 6.0)"),
-      (.multishotRead, "a request for every frame of a TAP port (kernel 6.7)"),
-      (.fixedFiles, "a reference to the file for every operation (kernel 5.19)"),
-    ]
-    for (feature, cost) in costs {
-      guard findings.refusal == nil else {
-        items.append(DoctorItem("io_uring \(feature.rawValue)", "not tried", .note, cost: cost))
+    for (name, feature, cost) in UringFeatures.names {
+      guard let features else {
+        items.append(DoctorItem("io_uring \(name)", "not tried", .note, cost: cost))
         continue
       }
-      let works = findings.features.contains(feature)
-      items.append(DoctorItem("io_uring \(feature.rawValue)", works ? "yes" : "no", works ? .ok : .absent, cost: cost))
+      let works = features.contains(feature)
+      items.append(DoctorItem("io_uring \(name)", works ? "yes" : "no", works ? .ok : .absent, cost: cost))
     }
     return items
   }

@@ -127,7 +127,7 @@ let least = """
           links: [],
           tuning: .init(
             layout: .auto, cpus: nil, dispatch: .adaptive, yield: .adaptive, io: .auto, ringEntries: 256,
-            batchFrames: 64, batchWaitMicroseconds: 0, spinMicroseconds: 50, slots: 64,
+            batchFrames: 64, batchWaitMicroseconds: 0, spinMicroseconds: 50, slots: 1_024,
             sendBufferBytes: 7_340_032, receiveBufferBytes: 7_340_032, dispatchUpperFramesPerSecond: 10_000,
             dispatchLowerFramesPerSecond: 1_000, dispatchPeriodMilliseconds: 10, sourcePorts: 8, hugePages: .auto,
             without: [])))
@@ -136,11 +136,11 @@ let least = """
   @Test func aFlagWinsOverTheFile() throws {
     let configuration = try Configuration.parse(
       sound, file: "f.toml",
-      overrides: ["spin_us": "7", "cpus": "1", "without": "multishot-read,cqe-skip", "huge_pages": "off"],
+      overrides: ["spin_us": "7", "cpus": "1", "without": "multishot-read,fixed-files", "huge_pages": "off"],
       environment: fixedEnvironment())
     #expect(configuration.tuning.spinMicroseconds == 7)
     #expect(configuration.tuning.cpus == [1])
-    #expect(configuration.tuning.without == [.multishotRead, .cqeSkip])
+    #expect(configuration.tuning.without == [.multishotRead, .fixedFiles])
     #expect(configuration.tuning.hugePages == .off)
   }
 
@@ -398,9 +398,9 @@ extension String {
     Mistake(
       "spin_us = 20", "without = [\"multishot-rea\"]",
       "tuning.without: \"multishot-rea\" is no value of it; did you mean \"multishot-read\"? (values: single-issuer, "
-        + "defer-taskrun, cqe-skip, multishot-receive, multishot-read, buffer-rings, fixed-files)"),
+        + "deferred-work, buffer-ring, multishot-receive, multishot-read, fixed-files, restrictions)"),
     Mistake(
-      "spin_us = 20", "without = [\"cqe-skip\", \"cqe-skip\"]", "tuning.without: \"cqe-skip\" comes twice; name it once"
+      "spin_us = 20", "without = [\"fixed-files\", \"fixed-files\"]", "tuning.without: \"fixed-files\" comes twice; name it once"
     ),
     Mistake("[node]", "[[node]]", "node: it is several tables; open it, once, with [node]"),
   ]

@@ -1,3 +1,4 @@
+import Datapath
 import Testing
 
 @testable import Control
@@ -32,7 +33,7 @@ import Testing
 
   @Test func everyFeatureOfIouringAndEveryLimitIsLookedAt() {
     let names = Doctor.examine().items.map(\.name)
-    for feature in Configuration.UringFeature.allCases { #expect(names.contains("io_uring \(feature.rawValue)")) }
+    for (name, _, _) in UringFeatures.names { #expect(names.contains("io_uring \(name)")) }
     for name in [
       "kernel", "io_uring", "kernel.io_uring_disabled", "/dev/net/tun", "CAP_NET_ADMIN", "CAP_NET_RAW", "UDP GSO",
       "UDP GRO", "net.core.rmem_max", "net.core.wmem_max", "huge pages", "transparent huge pages", "RLIMIT_NOFILE",
@@ -41,15 +42,5 @@ import Testing
       #expect(names.contains(name), "\(name)")
     }
     #expect(Set(names).count == names.count)
-  }
-
-  @Test func aRingOfThisKernelAgreesWithWhatIsKnownOfItsVersion() {
-    let findings = UringFindings.probe()
-    // Multishot receives take their buffers from buffer rings: they cannot work without.
-    if findings.features.contains(.multishotReceive) || findings.features.contains(.multishotRead) {
-      #expect(findings.features.contains(.bufferRings))
-    }
-    if findings.features.contains(.deferTaskrun) { #expect(findings.features.contains(.singleIssuer)) }
-    if findings.refusal != nil { #expect(findings.features.isEmpty) }
   }
 }

@@ -92,7 +92,7 @@ public struct Configuration: Equatable, Sendable {
     public var sourcePorts: Int
     public var hugePages: HugePages
     /// Features of io_uring that are not used even where the kernel has them.
-    public var without: Set<UringFeature>
+    public var without: UringFeatures
   }
 
   public enum Forwarding: String, CaseIterable, Sendable {
@@ -138,17 +138,6 @@ public struct Configuration: Equatable, Sendable {
     case auto
     case on
     case off
-  }
-
-  /// The optional features of io_uring that workers use where the kernel has them.
-  public enum UringFeature: String, CaseIterable, Sendable {
-    case singleIssuer = "single-issuer"
-    case deferTaskrun = "defer-taskrun"
-    case cqeSkip = "cqe-skip"
-    case multishotReceive = "multishot-receive"
-    case multishotRead = "multishot-read"
-    case bufferRings = "buffer-rings"
-    case fixedFiles = "fixed-files"
   }
 
   /// The domain of a name; nil when there is none.

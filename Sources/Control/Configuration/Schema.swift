@@ -1,3 +1,5 @@
+import Datapath
+
 /// Every key of a configuration, declared once.
 ///
 /// This table drives the reader (types, ranges, defaults, unknown keys and what was meant instead), the tuning flags of
@@ -280,13 +282,13 @@ public enum Schema {
       "Entries of a worker's submission queue; the kernel rounds up to a power of two."),
     KeyDefinition(
       .tuning, "batch_frames", .integer(1...1024), default: .value(.integer(64)),
-      "The most frames that a worker takes through its stages at a time."),
+      "The most frames that a worker takes through its stages at a time: as many buffers are lent to the kernel."),
     KeyDefinition(
       .tuning, "batch_wait_us", .integer(0...10_000), default: .value(.integer(0)),
       "Microseconds that a worker may wait for a fuller batch while it polls; 0: it never waits."),
     KeyDefinition(
-      .tuning, "slots", .integer(8...16_384), default: .value(.integer(64)),
-      "Buffers of each port and link queue, of 64 KiB. More take longer bursts, but cool the caches."),
+      .tuning, "slots", .integer(16...65_535), default: .value(.integer(1_024)),
+      "Buffers of each worker, of 64 KiB of address space each. What `batch_frames` leaves of them may wait for full sockets."),
     KeyDefinition(
       .tuning, "send_buffer_bytes", .integer(4096...socketBufferBytesMax), default: .value(.integer(7 << 20)),
       "The send buffer of each link's sockets, in bytes."),
@@ -301,7 +303,7 @@ public enum Schema {
       "Whether frame memory is huge pages. `auto`: where there are any; `on`: it does not start without; `off`: never."
     ),
     KeyDefinition(
-      .tuning, "without", .choices(words(Configuration.UringFeature.self)), default: .value(.strings([])),
+      .tuning, "without", .choices(UringFeatures.names.map(\.name)), default: .value(.strings([])),
       "Features of io_uring that are not used even where the kernel has them, to test and to diagnose."),
   ]
 

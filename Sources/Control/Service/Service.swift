@@ -185,8 +185,8 @@ public final class Service {
       var settings = WorkerThread.Plan(number: number, cpu: cpu)
       settings.ringEntries = tuning.ringEntries
       settings.slots = tuning.slots
-      settings.hugePages = tuning.hugePages != .off
-      settings.without = tuning.uringWithout
+      settings.hugePages = tuning.hugePages == .off ? .never : tuning.hugePages == .on ? .required : .preferred
+      settings.without = tuning.without
       settings.worker.dispatch = tuning.dispatchSettings
       settings.worker.postedSlots = tuning.batchFrames
       settings.worker.sources = plan.sourceCount
@@ -283,6 +283,8 @@ public final class Service {
           let remedy =
             error == EPERM || error == EACCES
             ? "io_uring is forbidden here: see kernel.io_uring_disabled and the container's seccomp profile"
+            : error == ENOMEM && configuration.tuning.hugePages == .on
+              ? "free huge pages (sysctl vm.nr_hugepages) or set tuning.huge_pages = \"auto\""
             : error == EINVAL ? "see that CPU \(worker.plan.cpu) may be used" : "run vnetr doctor"
           throw PortError(doing: "start worker \(worker.plan.number)", number: error, remedy: remedy)
         default: handle(report, of: worker)
@@ -521,14 +523,5 @@ extension Configuration.Tuning {
     settings.batchWaitNanoseconds = UInt64(batchWaitMicroseconds) * 1_000
     settings.batchFrames = batchFrames
     return settings
-  }
-
-  /// The features not to use, as workers take them.
-  var uringWithout: UringFeatures {
-    var features: UringFeatures = []
-    for (name, feature) in UringFeatures.names where without.contains(where: { $0.rawValue == name }) {
-      features.insert(feature)
-    }
-    return features
   }
 }

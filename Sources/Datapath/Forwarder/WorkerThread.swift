@@ -7,13 +7,15 @@ import Glibc
 /// Control's side is used by one thread.
 public final class WorkerThread: @unchecked Sendable {
   public struct Plan: Sendable {
+    public enum HugePages: Sendable { case never, preferred, required }
+
     public var number: Int
     /// The CPU to stay on.
     public var cpu: Int
     public var worker = Worker<UringIO>.Settings()
     public var ringEntries = 512
     public var slots = 1_024
-    public var hugePages = true
+    public var hugePages = HugePages.preferred
     public var without: UringFeatures = []
 
     public init(number: Int, cpu: Int) {
@@ -90,7 +92,10 @@ public final class WorkerThread: @unchecked Sendable {
         entries: plan.ringEntries, slots: plan.slots, posted: plan.worker.postedSlots, sources: plan.worker.sources,
         lanes: plan.worker.lanes, operations: plan.worker.operations)
       let io = try UringIO(limits, without: plan.without)
-      let memory = try FrameMemory(slotCount: plan.slots, hugePages: plan.hugePages)
+      let memory = try FrameMemory(slotCount: plan.slots, hugePages: plan.hugePages != .never)
+      if plan.hugePages == .required && !memory.hasHugePages {
+        throw SystemError(ENOMEM, doing: "map the frame arena in huge pages")
+      }
       let started = Report.started(features: io.features.rawValue, hasHugePages: memory.hasHugePages)
       var worker = Worker(
         io: io, memory: memory, mailbox: mailbox, settings: plan.worker, view: firstSnapshot.view,

@@ -26,11 +26,15 @@ public struct UringFeatures: OptionSet, Sendable, CustomStringConvertible {
     .singleIssuer, .deferredWork, .bufferRing, .multishotReceive, .multishotRead, .fixedFiles, .restrictions,
   ]
 
-  /// Each feature by the name that configuration and `vnetr doctor` use.
-  public static let names: [(name: String, feature: UringFeatures)] = [
-    ("single-issuer", .singleIssuer), ("deferred-work", .deferredWork), ("buffer-ring", .bufferRing),
-    ("multishot-receive", .multishotReceive), ("multishot-read", .multishotRead), ("fixed-files", .fixedFiles),
-    ("restrictions", .restrictions),
+  /// Each feature by the name that configuration and `vnetr doctor` use, and what its absence costs.
+  public static let names: [(name: String, feature: UringFeatures, cost: String)] = [
+    ("single-issuer", .singleIssuer, "some locking in the kernel with every call (kernel 6.0)"),
+    ("deferred-work", .deferredWork, "completions interrupt the worker: more calls and wake-ups (kernel 6.1)"),
+    ("buffer-ring", .bufferRing, "receives name their buffers one by one: no multishot (kernel 5.19)"),
+    ("multishot-receive", .multishotReceive, "a request for every datagram (kernel 6.0)"),
+    ("multishot-read", .multishotRead, "a request for every frame of a TAP port (kernel 6.7)"),
+    ("fixed-files", .fixedFiles, "a reference to the file for every operation (kernel 5.19)"),
+    ("restrictions", .restrictions, "rings could be used for operations that forwarding never needs (kernel 5.10)"),
   ]
 
   public var description: String {
