@@ -103,7 +103,7 @@ struct CommandTests {
     #expect(
       result.errors == """
         vnetr: --layout: "pipeline" is not supported yet by this version; use one of "auto", "fused"
-        vnetr: --slots: 1 is out of range; use an integer from 8 to 16384
+        vnetr: --slots: 1 is out of range; use an integer from 16 to 65535
 
         """)
   }
