@@ -23,7 +23,7 @@ private enum Command {
 
   /// An empty file of its own for the time of a call.
   private static func withFile<Value>(_ body: (String) throws -> Value) throws -> Value {
-    var name = Array("/tmp/vnetr-test-XXXXXX".utf8CString)
+    var name = Array((temporaryFolder + "/vnetr-test-XXXXXX").utf8CString)
     let descriptor = unsafe mkstemp(&name)
     try #require(descriptor >= 0)
     close(descriptor)
@@ -75,6 +75,9 @@ private enum Command {
     }
   }
 }
+
+/// Where tests put files for a moment.
+let temporaryFolder = unsafe getenv("TMPDIR").map { unsafe String(cString: $0) } ?? "/tmp"
 
 @Suite(.enabled(if: Command.isBuilt, "the command is not built: swift build"))
 struct CommandTests {

@@ -60,7 +60,7 @@ private final class LogKeeper: LogHandler, @unchecked Sendable {
 @Suite struct NotifyTests {
   private let logger = Logger(label: "test")
 
-  @Test(arguments: ["/tmp/vnetr-notify-test-\(getpid())", "@vnetr-notify-test-\(getpid())"])
+  @Test(arguments: [temporaryFolder + "/vnetr-notify-test-\(getpid())", "@vnetr-notify-test-\(getpid())"])
   func theManagerReceivesEveryMessage(_ name: String) throws {
     let manager = try ManagerSocket(name)
     let notify = Notify(environment: ["NOTIFY_SOCKET": name], logger: logger)

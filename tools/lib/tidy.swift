@@ -206,7 +206,7 @@ let dataPathFolders = ["Sources/Datapath", "Sources/SimulatedKernel"]
 /// What the data path must not use, and why.
 let banned: [Substring: String] = [
   "Foundation": "allocates and locks behind every call",
-  "Dispatch": "brings threads that nobody pinned",
+  "DispatchQueue": "brings threads that nobody pinned",
   "Logger": "the data path logs nothing: count it",
   "async": "workers are pinned threads, no tasks",
   "await": "workers are pinned threads, no tasks",
@@ -228,6 +228,9 @@ func bannedOnTheDataPath(_ tree: Tree) -> [String] {
   for file in dataPathFolders.flatMap(tree.files(under:)) where file.isSwift {
     for (index, line) in file.codeLines.enumerated() {
       for (word, before, after) in identifiers(in: line) {
+        if word == "Dispatch", before.hasSuffix("import ") {
+          findings.append(file.finding(line: index, "import Dispatch is banned on the data path: brings unpinned threads"))
+        }
         if let reason = banned[word], !before.hasSuffix(".") {
           findings.append(file.finding(line: index, "\(word) is banned on the data path: \(reason)"))
         }

@@ -69,7 +69,7 @@ struct CounterReport {
       "received \(sum(\.received)) + copies \(sum(\.copies)) = sent \(sum(\.sent)) + dropped \(sum(\.dropped))"
       + " + in flight \(sum(\.inFlight))"
     if holds { return "conservation: holds: \(sums)" }
-    var where_: [String] = []
+    var broken: [String] = []
     for (worker, audit) in audits.enumerated() where !audit.holds {
       var parts: [String] = []
       if audit.brokenInterface != .none { parts.append("interface \(name(audit.brokenInterface.index, interfaceNames))") }
@@ -77,9 +77,9 @@ struct CounterReport {
       if !audit.underlayHolds { parts.append("underlay") }
       if audit.slotsLost != 0 { parts.append("\(audit.slotsLost) slots held by nobody") }
       if audit.operationsLost != 0 { parts.append("\(audit.operationsLost) send operations held by nobody") }
-      where_.append("worker \(worker) (\(parts.isEmpty ? "sums" : parts.joined(separator: ", ")))")
+      broken.append("worker \(worker) (\(parts.isEmpty ? "sums" : parts.joined(separator: ", ")))")
     }
-    return "conservation: BROKEN at \(where_.joined(separator: "; ")): \(sums)"
+    return "conservation: BROKEN at \(broken.joined(separator: "; ")): \(sums)"
   }
 
   private func name(_ index: Int, _ names: [String]) -> String { index < names.count ? names[index] : "\(index)" }
