@@ -39,7 +39,7 @@ extension EndToEnd {
         #expect(try kernels.flow(to: ours, udp).receivedBytes > 0)
         #expect(try ours.checksumErrors() == [:])
         #expect(try kernels.checksumErrors() == [:])
-        #expect(try forwarder.stop().conserves)
+        try expectConservation(forwarder.stop())
       }
     }
 
@@ -86,7 +86,7 @@ extension EndToEnd {
           #expect(try receiver.receive(seconds: 2) == tagged)
           #expect(try receiver.receiveNumbers(quietSeconds: 0.2) == [])
         }
-        #expect(try forwarder.stop().conserves)
+        try expectConservation(forwarder.stop())
       }
     }
   }
