@@ -35,8 +35,8 @@ extension EndToEnd {
         #expect(try receiver.checksumErrors() == [:])
       }
       for forwarder in pair.forwarders {
-        #expect(try forwarder.counters().conserves)
-        #expect(try forwarder.stop().conserves)
+        try expectConservation(forwarder.counters())
+        try expectConservation(forwarder.stop())
       }
     }
 
@@ -154,7 +154,7 @@ extension EndToEnd {
         #expect(flows.silentFlows == [])
         for forwarder in forwarders {
           let report = try forwarder.stop()
-          #expect(report.conserves)
+          expectConservation(report)
         }
       }
     }

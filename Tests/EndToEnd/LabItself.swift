@@ -87,17 +87,21 @@ extension EndToEnd {
     @Test func aCounterReportIsRead() throws {
       let report = try CounterReport(
         """
-        {"underlay": {"drop_unknown_vni": 3}, "ports": {"vm1": {"in_frames": 5}, "vm2": {"in_frames": 7}},
-         "links": [{"name": "to-host-b", "out_frames": 12}], "workers": [{"enters": 1}, {"enters": 2}]}
-        conservation: holds
-
+        {
+          "underlay": {"drop_unknown_vni": 3},
+          "ports": {"vm1": {"in_frames": 5}, "vm2": {"in_frames": 7}},
+          "links": {"to-host-b": {"out_frames": 12}},
+          "workers": {"0": {"enters": 1}, "1": {"enters": 2}},
+          "conservation": {"holds": false, "text": "conservation: BROKEN"}
+        }
         """)
-      #expect(report.conserves)
+      #expect(report.conservation == .init(holds: false, description: "conservation: BROKEN"))
       #expect(report.total("drop_unknown_vni", .underlay) == 3)
       #expect(report.total("in_frames", .ports) == 12)
       #expect(report.total("in_frames", .ports, of: "vm2") == 7)
       #expect(report.total("out_frames", .links, of: "to-host-b") == 12)
       #expect(report.total("enters", .workers) == 3)
+      #expect(report.total("enters", .domains) == 0)
     }
   }
 }

@@ -70,11 +70,10 @@ final class Forwarder {
   private func nextReport() throws -> CounterReport {
     var report: CounterReport?
     _ = try eventually {
+      // A report is one JSON object; it ends with a brace that begins a line.
       let text = process.standardOutput.dropFirst(readCharacters)
-      // A report is whole when its conservation line has ended.
-      guard let verdict = text.range(of: "conservation: "), let end = text[verdict.upperBound...].firstIndex(of: "\n")
-      else { return false }
-      let whole = text[..<end]
+      guard let end = text.range(of: "\n}\n") else { return false }
+      let whole = text[..<end.upperBound]
       readCharacters += whole.count
       report = try CounterReport(String(whole))
       return true
@@ -84,49 +83,43 @@ final class Forwarder {
   }
 }
 
-/// One report of the forwarder: the counters as JSON, then the line that says whether conservation holds.
+/// One report of the forwarder, as `--counters-format json` prints it.
 struct CounterReport {
-  /// What stands after `conservation: `.
-  let conservation: String
-  private let root: JSONValue
+  private let parts: [String: JSONValue]
 
   init(_ text: String) throws {
-    guard let start = text.firstIndex(of: "{"), let end = text.lastIndex(of: "}"),
-      let verdict = text.range(of: "conservation: ", options: .backwards)
-    else { throw LabError("no counter report: \(text)") }
-    root = try JSONDecoder().decode(JSONValue.self, from: Data(text[start...end].utf8))
-    conservation = text[verdict.upperBound...].trimmingCharacters(in: .whitespacesAndNewlines)
+    guard case .object(let parts) = try JSONDecoder().decode(JSONValue.self, from: Data(text.utf8)) else {
+      throw LabError("no counter report: \(text)")
+    }
+    self.parts = parts
   }
 
-  var conserves: Bool { conservation == "holds" }
+  /// What the report says of the design's first rule: whether every frame is accounted for, and the sums.
+  struct Conservation: Equatable, CustomStringConvertible {
+    let holds: Bool
+    let description: String
+  }
+
+  var conservation: Conservation {
+    guard case .object(let fields)? = parts["conservation"], case .boolean(let holds)? = fields["holds"],
+      case .string(let text)? = fields["text"]
+    else { return Conservation(holds: false, description: "the report says nothing about conservation") }
+    return Conservation(holds: holds, description: text)
+  }
 
   /// Where a counter is kept, by the name of its part of the report.
   enum Scope: String { case underlay, ports, links, domains, workers }
 
   /// The sum of a counter over a scope, or of one member of it.
   func total(_ counter: String, _ scope: Scope, of member: String? = nil) -> Int {
-    func sum(_ value: JSONValue) -> Int {
-      switch value {
-      case .object(let members):
-        members.reduce(0) { total, entry in
-          if entry.key == counter, case .number(let number) = entry.value { return total + Int(number) }
-          return total + sum(entry.value)
-        }
-      case .array(let elements): elements.reduce(0) { $0 + sum($1) }
-      default: 0
-      }
+    func value(_ counters: JSONValue?) -> Int {
+      guard case .object(let counters)? = counters, case .number(let number)? = counters[counter] else { return 0 }
+      return Int(number)
     }
-    guard case .object(let scopes) = root, let part = scopes[scope.rawValue] else { return 0 }
-    guard let member else { return sum(part) }
-    switch part {
-    case .object(let members): return members[member].map(sum) ?? 0
-    case .array(let elements):
-      return elements.filter {
-        guard case .object(let fields) = $0 else { return false }
-        return fields["name"] == .string(member)
-      }.reduce(0) { $0 + sum($1) }
-    default: return 0
+    guard scope != .underlay, case .object(let members)? = parts[scope.rawValue] else {
+      return value(parts[scope.rawValue])
     }
+    return member.map { value(members[$0]) } ?? members.values.reduce(0) { $0 + value($1) }
   }
 }
 
