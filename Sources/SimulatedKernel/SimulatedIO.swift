@@ -237,7 +237,7 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     lanes[lane].isAwaiting = true
     lanes[lane].isAwaitOver = false
     lanes[lane].awaitStartsAt = start()
-    lanes[lane].awaitIsFalse = network.random.chance(network.faults.falseWritable)
+    lanes[lane].awaitIsFalse = network.chance(network.faults.falseWritable)
     network.countOut(lanes[lane].descriptor, 1)
   }
 
@@ -279,21 +279,21 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
 
   /// The `collect` in which an operation asked for now starts.
   private func start() -> Int {
-    guard network.random.chance(network.faults.delayedOperation) else { return collects + 1 }
-    return collects + 1 + network.random.number(in: 1...max(1, network.faults.delayCollectsMax))
+    guard network.chance(network.faults.delayedOperation) else { return collects + 1 }
+    return collects + 1 + network.number(in: 1...max(1, network.faults.delayCollectsMax))
   }
 
   public mutating func collect(_ wait: Wait, _ memory: inout FrameMemory, into events: inout EventBatch) {
     let network = network
     collects += 1
     statistics.enters += 1
-    network.clock.advance(by: network.random.number(in: network.limits.collectNanoseconds))
+    network.clock.advance(by: network.number(in: network.limits.collectNanoseconds))
     network.drawDeviceLoss()
     for index in sources.indices {
-      sources[index].isHeldBack = network.random.chance(network.faults.delayedCompletion)
+      sources[index].isHeldBack = network.chance(network.faults.delayedCompletion)
     }
     for index in lanes.indices {
-      lanes[index].isHeldBack = network.random.chance(network.faults.delayedCompletion)
+      lanes[index].isHeldBack = network.chance(network.faults.delayedCompletion)
     }
     carryOut(&memory)
 
@@ -305,7 +305,7 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
       case .forBatch(let completions, let nanoseconds): (completions, nanoseconds)
       }
     // While something of ours counts calls, time must not run away over it.
-    if wanted > readyCount, !countsCalls, !network.random.chance(network.faults.spuriousReturn) {
+    if wanted > readyCount, !countsCalls, !network.chance(network.faults.spuriousReturn) {
       let next = network.nextDue
       if let nanoseconds {
         let end = network.clock.nanoseconds + UInt64(nanoseconds)
@@ -362,7 +362,7 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     network.run()
     let laneCount = lanes.count
     var order = Array(0..<sources.count + laneCount)
-    if network.random.chance(network.faults.reorderedExecution) { order.shuffle(using: &network.random) }
+    if network.chance(network.faults.reorderedExecution) { network.shuffle(&order) }
     for number in order {
       if number < sources.count {
         receive(number, &memory)
@@ -395,7 +395,7 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     let descriptor = sources[source].descriptor
     let kind = sources[source].kind
     if kind == .waker {
-      let isSpurious = network.random.chance(network.faults.spuriousWake)
+      let isSpurious = network.chance(network.faults.spuriousWake)
       guard network.readiness(descriptor) == .something || isSpurious else { return }
       network.readWaker(descriptor)
       sources[source].isOver = true
@@ -407,8 +407,8 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
       case .gone: return end(source, EBADFD)
       case .something: break
       }
-      if network.random.chance(network.faults.endedReceive) { return end(source, 0) }
-      if network.random.chance(network.faults.failedReceive) {
+      if network.chance(network.faults.endedReceive) { return end(source, 0) }
+      if network.chance(network.faults.failedReceive) {
         return end(source, kind == .tap ? EIO : ECONNREFUSED)
       }
       if posted.isEmpty { return end(source, ENOBUFS) }
@@ -422,9 +422,9 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     let item = network.receive(sources[source].descriptor)
     // A TAP's bytes need no room in front, a datagram's do. Where exactly they lie is not promised.
     let least = kind == .tap ? 0 : Self.datagramOffsetMin
-    let offset = network.random.number(in: least...FrameMemory.headroomBytes)
+    let offset = network.number(in: least...FrameMemory.headroomBytes)
     var length = min(item.bytes.count, FrameMemory.slotBytes - offset)
-    if length > 0, network.random.chance(network.faults.truncatedReceive) { length = network.random.below(length) }
+    if length > 0, network.chance(network.faults.truncatedReceive) { length = network.below(length) }
     if length < item.bytes.count { network.countTruncated(kind) }
 
     let start = unsafe memory.address(ofSlot: slot)
@@ -448,7 +448,7 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     var error: Int32 = 0
     while lanes[lane].sent < lanes[lane].chain.count {
       let position = lanes[lane].sent
-      if position > 0, !lanes[lane].wasPaused, network.random.chance(network.faults.pausedChain) {
+      if position > 0, !lanes[lane].wasPaused, network.chance(network.faults.pausedChain) {
         lanes[lane].wasPaused = true
         lanes[lane].startsAt = collects + 1
         return
@@ -479,14 +479,14 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
       lanes[lane].isFullOnce = false
       return EAGAIN
     }
-    if network.random.chance(faults.fullLane) { return EAGAIN }
-    if network.random.chance(faults.failedSend) { return EIO }
+    if network.chance(faults.fullLane) { return EAGAIN }
+    if network.chance(faults.failedSend) { return EIO }
     if kind == .tap {
-      if network.random.chance(faults.badDescriptorSend) { return EBADFD }
-      if network.random.chance(faults.shortWrite) { return IOEvent.shortWrite }
+      if network.chance(faults.badDescriptorSend) { return EBADFD }
+      if network.chance(faults.shortWrite) { return IOEvent.shortWrite }
     } else {
-      if network.random.chance(faults.tooBigSend) { return EMSGSIZE }
-      if network.random.chance(faults.refusedSend) { return ECONNREFUSED }
+      if network.chance(faults.tooBigSend) { return EMSGSIZE }
+      if network.chance(faults.refusedSend) { return ECONNREFUSED }
     }
     if network.strikes(.uncountedDrop, rate: 0.05) { return 0 }
     return kind == .tap
@@ -552,10 +552,10 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
   private mutating func nextToReport() -> Int? {
     var oldest: (number: Int, sequence: Int)?
     var ready = 0
-    let isRandom = network.random.chance(network.faults.reorderedCompletion)
+    let isRandom = network.chance(network.faults.reorderedCompletion)
     func consider(_ number: Int, _ sequence: Int) {
       ready += 1
-      if isRandom ? network.random.below(ready) == 0 : sequence < oldest?.sequence ?? .max {
+      if isRandom ? network.below(ready) == 0 : sequence < oldest?.sequence ?? .max {
         oldest = (number, sequence)
       }
     }
