@@ -552,6 +552,14 @@ public final class SimulatedNetwork {
     }
   }
 
+  // Draws for the workers' sides. (Calling `network.random` from there crashes the compiler, 6.3.1, under the thread
+  // sanitizer.)
+
+  func chance(_ rate: Double) -> Bool { random.chance(rate) }
+  func below(_ bound: Int) -> Int { random.below(bound) }
+  func number(in range: ClosedRange<Int>) -> Int { random.number(in: range) }
+  func shuffle(_ items: inout [Int]) { items.shuffle(using: &random) }
+
   func countUnreported(_ change: Int) { unreportedCount += change }
 
   // MARK: Accounts

@@ -66,7 +66,8 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
     free = FixedArray(repeating: 0, count: slotCount)
     for index in 0..<slotCount { free[index] = UInt32(slotCount - 1 - index) }
     freeCount = slotCount
-    foreign = FixedArray(repeating: ForeignOwner(memory: .none), count: Self.foreignOwnersMax)
+    // Owner 0 is the arena itself.
+    foreign = FixedArray(repeating: ForeignOwner(memory: .none), count: Self.foreignOwnersMax + 1)
   }
 
   deinit {
@@ -146,7 +147,7 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
 
   /// Makes a foreign memory known; its descriptors name the owner returned. Control keeps the memory alive.
   public mutating func adopt(_ memory: ForeignMemory.Reference) -> Int {
-    precondition(foreignCount + 1 < Self.foreignOwnersMax, "too many foreign memories")
+    precondition(foreignCount < Self.foreignOwnersMax, "too many foreign memories")
     foreignCount += 1
     foreign[foreignCount] = ForeignOwner(memory: memory)
     return foreignCount
