@@ -64,13 +64,6 @@ public final class SimulatedNetwork {
     public init() {}
   }
 
-  // Draws for the workers' sides. They are methods because a modifying access through a member of a non-copyable value
-  // makes the compiler (6.3.1) emit a broken module under the thread sanitizer.
-  func chance(_ rate: Double) -> Bool { random.chance(rate) }
-  func below(_ bound: Int) -> Int { random.below(bound) }
-  func number(in range: ClosedRange<Int>) -> Int { random.number(in: range) }
-  func shuffle(_ order: inout [Int]) { order.shuffle(using: &random) }
-
   public let clock = SimulatedClock()
   public var random: SimulatedRandom
   public var faults: Faults
