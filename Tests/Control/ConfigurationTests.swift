@@ -400,7 +400,8 @@ extension String {
       "tuning.without: \"multishot-rea\" is no value of it; did you mean \"multishot-read\"? (values: single-issuer, "
         + "deferred-work, buffer-ring, multishot-receive, multishot-read, fixed-files, restrictions)"),
     Mistake(
-      "spin_us = 20", "without = [\"fixed-files\", \"fixed-files\"]", "tuning.without: \"fixed-files\" comes twice; name it once"
+      "spin_us = 20", "without = [\"fixed-files\", \"fixed-files\"]",
+      "tuning.without: \"fixed-files\" comes twice; name it once"
     ),
     Mistake("[node]", "[[node]]", "node: it is several tables; open it, once, with [node]"),
   ]

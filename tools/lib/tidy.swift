@@ -229,7 +229,8 @@ func bannedOnTheDataPath(_ tree: Tree) -> [String] {
     for (index, line) in file.codeLines.enumerated() {
       for (word, before, after) in identifiers(in: line) {
         if word == "Dispatch", before.hasSuffix("import ") {
-          findings.append(file.finding(line: index, "import Dispatch is banned on the data path: brings unpinned threads"))
+          findings.append(
+            file.finding(line: index, "import Dispatch is banned on the data path: brings unpinned threads"))
         }
         if let reason = banned[word], !before.hasSuffix(".") {
           findings.append(file.finding(line: index, "\(word) is banned on the data path: \(reason)"))

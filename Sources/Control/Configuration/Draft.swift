@@ -340,7 +340,8 @@ extension Draft {
       batchFrames: batchFrames, batchWaitMicroseconds: batchWait, spinMicroseconds: spin, slots: slots,
       sendBufferBytes: sendBuffer, receiveBufferBytes: receiveBuffer, dispatchUpperFramesPerSecond: upper,
       dispatchLowerFramesPerSecond: lower, dispatchPeriodMilliseconds: period, sourcePorts: sourcePorts,
-      hugePages: hugePages, without: UringFeatures(UringFeatures.names.filter { without.contains($0.name) }.map(\.feature)))
+      hugePages: hugePages,
+      without: UringFeatures(UringFeatures.names.filter { without.contains($0.name) }.map(\.feature)))
   }
 
   private func choice<Words: RawRepresentable<String>>(_ key: String, _ type: Words.Type) -> Words? {

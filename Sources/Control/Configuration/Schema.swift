@@ -288,7 +288,8 @@ public enum Schema {
       "Microseconds that a worker may wait for a fuller batch while it polls; 0: it never waits."),
     KeyDefinition(
       .tuning, "slots", .integer(16...65_535), default: .value(.integer(1_024)),
-      "Buffers of each worker, of 64 KiB of address space each. What `batch_frames` leaves of them may wait for full sockets."),
+      "Buffers of each worker, of 64 KiB of address space each. What `batch_frames` leaves of them may wait for full sockets."
+    ),
     KeyDefinition(
       .tuning, "send_buffer_bytes", .integer(4096...socketBufferBytesMax), default: .value(.integer(7 << 20)),
       "The send buffer of each link's sockets, in bytes."),

@@ -60,7 +60,9 @@ struct CounterReport {
     return text + "\n\(conservation)\n"
   }
 
-  private func label(_ row: Row) -> String { row.name.isEmpty ? row.scope.rawValue : "\(row.scope.rawValue) \(row.name)" }
+  private func label(_ row: Row) -> String {
+    row.name.isEmpty ? row.scope.rawValue : "\(row.scope.rawValue) \(row.name)"
+  }
 
   /// The design's first rule, as it stands: one line.
   var conservation: String {
@@ -72,7 +74,9 @@ struct CounterReport {
     var broken: [String] = []
     for (worker, audit) in audits.enumerated() where !audit.holds {
       var parts: [String] = []
-      if audit.brokenInterface != .none { parts.append("interface \(name(audit.brokenInterface.index, interfaceNames))") }
+      if audit.brokenInterface != .none {
+        parts.append("interface \(name(audit.brokenInterface.index, interfaceNames))")
+      }
       if audit.brokenDomain != .none { parts.append("domain \(name(audit.brokenDomain.index, domainNames))") }
       if !audit.underlayHolds { parts.append("underlay") }
       if audit.slotsLost != 0 { parts.append("\(audit.slotsLost) slots held by nobody") }

@@ -3,7 +3,8 @@ import Datapath
 /// Which number everything of a configuration has at the workers, and which worker does what: pure.
 ///
 /// - Interfaces: the ports in order, then the links.
-/// - Sources, the same at each worker: control's waker, the underlay's socket of each family, then each queue of each port.
+/// - Sources, the same at each worker: control's waker, the underlay's socket of each family, then each queue of
+///   each port.
 /// - Lanes, the same at each worker: one for each port, then one for each source port of each link.
 struct Plan {
   let ports: [Configuration.Port]
@@ -71,7 +72,8 @@ struct Plan {
 
   /// The CPUs of the workers: those asked for, or as many of the last allowed ones as the port with the most queues can
   /// use. The first CPU is left alone where there are others: the kernel's housekeeping is there.
-  static func chooseCPUs(_ configuration: Configuration, allowed: [Int]) throws(PortError) -> (cpus: [Int], why: String) {
+  static func chooseCPUs(_ configuration: Configuration, allowed: [Int]) throws(PortError) -> (cpus: [Int], why: String)
+  {
     if let asked = configuration.tuning.cpus {
       let missing = asked.filter { !allowed.contains($0) }
       guard missing.isEmpty else {

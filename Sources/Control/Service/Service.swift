@@ -13,7 +13,8 @@ public enum CountersFormat: String, CaseIterable, Sendable {
 /// all of it until it is told to stop. One thread, one loop; it never touches a worker's memory.
 ///
 /// The way of a service:
-/// 1. `init`: plan, sockets, devices. Whatever cannot be had is one line that says what to do, and nothing stays behind.
+/// 1. `init`: plan, sockets, devices. Whatever cannot be had is one line that says what to do, and nothing stays
+///    behind.
 /// 2. `startWorkers`: threads, each with its share of queues and sockets; then `ready`.
 /// 3. `loop`: signals, reports of workers, and once a second what needs a clock: ageing, devices that went away.
 /// 4. `stop`: workers send what waits and say goodbye; the table; the devices that were made go with their descriptors.
@@ -271,7 +272,8 @@ public final class Service {
     while !isStarted.allSatisfy({ $0 }) {
       waitForSomething(milliseconds: 100)
       guard Self.now() < deadline else {
-        throw Failure(description: "workers did not start within 10 s; see whether their CPUs are busy with real-time threads")
+        throw Failure(
+          description: "workers did not start within 10 s; see whether their CPUs are busy with real-time threads")
       }
       for worker in workers {
         guard let report = worker.nextReport() else { continue }
@@ -285,7 +287,7 @@ public final class Service {
             ? "io_uring is forbidden here: see kernel.io_uring_disabled and the container's seccomp profile"
             : error == ENOMEM && configuration.tuning.hugePages == .on
               ? "free huge pages (sysctl vm.nr_hugepages) or set tuning.huge_pages = \"auto\""
-            : error == EINVAL ? "see that CPU \(worker.plan.cpu) may be used" : "run vnetr doctor"
+              : error == EINVAL ? "see that CPU \(worker.plan.cpu) may be used" : "run vnetr doctor"
           throw PortError(doing: "start worker \(worker.plan.number)", number: error, remedy: remedy)
         default: handle(report, of: worker)
         }
@@ -347,7 +349,12 @@ public final class Service {
     for port in plan.ports.indices where ports[port].isDown && ports[port].closing == 0 { bringBack(port) }
     for link in plan.links.indices where links[link].sockets.isEmpty {
       openLink(link)
-      if !links[link].sockets.isEmpty { for worker in workers { lendLink(link, to: worker); worker.wake() } }
+      if !links[link].sockets.isEmpty {
+        for worker in workers {
+          lendLink(link, to: worker)
+          worker.wake()
+        }
+      }
     }
     notify.watchdog()
   }
@@ -460,7 +467,11 @@ public final class Service {
       waitForSomething(milliseconds: 100)
       for worker in workers {
         while let report = worker.nextReport() {
-          if case .audited(let audit) = report { audits[worker.plan.number] = audit } else { handle(report, of: worker) }
+          if case .audited(let audit) = report {
+            audits[worker.plan.number] = audit
+          } else {
+            handle(report, of: worker)
+          }
         }
       }
     }

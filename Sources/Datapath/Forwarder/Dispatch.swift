@@ -1,8 +1,8 @@
 /// When a worker sleeps and when it polls: VNET/P's dispatch modes and yield strategies, as a pure function of time and
 /// frames.
 ///
-/// - `guestDriven` sleeps in the kernel and handles each event at once: the least delay for a frame that comes alone on a
-///   busy machine, and no CPU while idle.
+/// - `guestDriven` sleeps in the kernel and handles each event at once: the least delay for a frame that comes
+///   alone on a busy machine, and no CPU while idle.
 /// - `vmmDriven` polls: the most throughput.
 /// - `adaptive` switches by the rate of frames, with hysteresis, looked at once a period.
 /// When a poll finds nothing the yield strategy says what then.

@@ -78,8 +78,8 @@ public struct CounterTable: ~Copyable {
     domain.add(.outBytes, Int(descriptor.length))
   }
 
-  /// A frame ends here, under one name: charged to the interface (its ingress, or the egress that it did not get out of)
-  /// and to its domain.
+  /// A frame ends here, under one name: charged to the interface (its ingress, or the egress that it did not get out
+  /// of) and to its domain.
   @inline(__always)
   func countDrop(_ reason: Counter, _ descriptor: Descriptor, at interface: InterfaceIndex) {
     let frames = Int(descriptor.wireFrames)

@@ -4,14 +4,14 @@ import Glibc
 /// The third stage: frames leave.
 ///
 /// The way of a frame:
-/// 1. `transmit`: a routed frame joins the queue of a lane; a flood joins one for each member. The flow's hash picks the
-///    lane of a link, so a flow keeps its outer source port, its socket and its order.
+/// 1. `transmit`: a routed frame joins the queue of a lane; a flood joins one for each member. The flow's hash
+///    picks the lane of a link, so a flow keeps its outer source port, its socket and its order.
 /// 2. `flush`: each lane that has frames and no chain out hands the front of its queue to the kernel, as one chain.
 /// 3. `finished`: what the kernel took is counted and its buffers go back. Where it stopped, the frame that failed is
 ///    dropped under its reason, or everything waits, in order, until the lane takes frames again.
 struct TransmitStage: ~Copyable {
-  /// Frames that may wait on one lane for a full socket: a few batches, a few ms of a slow underlay. More would only add
-  /// delay; TCP fills any queue.
+  /// Frames that may wait on one lane for a full socket: a few batches, a few ms of a slow underlay. More would only
+  /// add delay; TCP fills any queue.
   static let laneFramesMax = 256
 
   private var pool: SendPool

@@ -91,7 +91,8 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     self.io = io
     self.memory = memory
     receive.open(
-      Self.wakerSource, .waker, interface: .none, domain: .none, descriptor: mailbox.workerWaker, &self.io, &self.memory)
+      Self.wakerSource, .waker, interface: .none, domain: .none, descriptor: mailbox.workerWaker, &self.io, &self.memory
+    )
     receive.replenish(&self.io, &self.memory)
   }
 

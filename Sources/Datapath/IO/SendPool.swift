@@ -3,8 +3,8 @@ import CLinux
 /// The send operations of one worker: for each send that is waiting or out, the structures that the kernel reads
 /// (message, I/O vectors, headers, control message), which must not move, and the descriptor that it sends.
 ///
-/// Headers are written here, never in front of a frame in its slot: a flood sends the same bytes with different headers.
-/// Free operations form a stack, so that the one used last is used next, while its lines are warm.
+/// Headers are written here, never in front of a frame in its slot: a flood sends the same bytes with different
+/// headers. Free operations form a stack, so that the one used last is used next, while its lines are warm.
 @safe
 public struct SendPool: ~Copyable, @unchecked Sendable {
   private let operations: UnsafeMutablePointer<clinux_send>
@@ -82,8 +82,8 @@ public struct SendPool: ~Copyable, @unchecked Sendable {
     }
   }
 
-  /// Fills in an operation: `header`, then the frame's segments, with the frame's ToS on the outer header of a datagram.
-  /// False when the frame has more segments than a send takes.
+  /// Fills in an operation: `header`, then the frame's segments, with the frame's ToS on the outer header of a
+  /// datagram. False when the frame has more segments than a send takes.
   @inline(__always)
   public mutating func fill(
     _ operation: Int, _ descriptor: Descriptor, egress: InterfaceIndex, lane kind: LaneKind, header: Header,

@@ -1,7 +1,8 @@
 /// Every counter of the forwarder, declared once. The table that `run` prints, the generated reference in
 /// `docs/counters.md` and the conservation check all read this list.
 ///
-/// A counter counts frames as they are on the wire (a super-frame counts as its segments) unless its unit says otherwise.
+/// A counter counts frames as they are on the wire (a super-frame counts as its segments) unless its unit says
+/// otherwise.
 public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
   // Traffic of ports, links and domains.
   case inFrames, inBytes, outFrames, outBytes
@@ -65,10 +66,13 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     let egress: [Scope] = [.port, .link, .domain]
     return switch self {
     case .inFrames: define("in_frames", traffic, "Received from a guest or, for a link, from its other end.")
-    case .inBytes: define("in_bytes", traffic, "Bytes of those, from destination MAC to the end of payload.", unit: "bytes")
+    case .inBytes:
+      define("in_bytes", traffic, "Bytes of those, from destination MAC to the end of payload.", unit: "bytes")
     case .outFrames: define("out_frames", egress, "Handed to the kernel, which took them.")
-    case .outBytes: define("out_bytes", egress, "Bytes of those, from destination MAC to the end of payload.", unit: "bytes")
-    case .offeredFrames: define("offered_frames", egress, "Routed to this interface: sent, dropped on the way out, or in flight.")
+    case .outBytes:
+      define("out_bytes", egress, "Bytes of those, from destination MAC to the end of payload.", unit: "bytes")
+    case .offeredFrames:
+      define("offered_frames", egress, "Routed to this interface: sent, dropped on the way out, or in flight.")
     case .copies: define("copies", [.domain], "Copies that floods made: a frame sent to n places adds n - 1.")
 
     case .dropUnknownSource:
@@ -85,7 +89,8 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     case .dropBadInnerLength:
       define(
         "drop_bad_inner_length", [.link, .domain],
-        "The inner frame is shorter than an Ethernet header, or its IP header is malformed or claims more bytes than came.")
+        "The inner frame is shorter than an Ethernet header, or its IP header is malformed or claims more bytes than came."
+      )
     case .dropNotECNCapable:
       define(
         "drop_not_ecn_capable", [.link, .domain],
@@ -93,7 +98,9 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     case .dropRunt: define("drop_runt", [.port, .domain], "Shorter than an Ethernet header.")
     case .dropOversizedFrame: define("drop_oversized_frame", [.port, .domain], "Longer than a slot, and arrived cut.")
     case .dropBadOffload:
-      define("drop_bad_offload", [.port, .domain], "The virtio header asks for an offload that was not agreed on, or is malformed.")
+      define(
+        "drop_bad_offload", [.port, .domain],
+        "The virtio header asks for an offload that was not agreed on, or is malformed.")
     case .dropBadSource:
       define("drop_bad_source", [.port, .link, .domain], "The source MAC is a group address or all zero.")
     case .dropSameInterface:
@@ -103,12 +110,18 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
         "drop_split_horizon", [.port, .link, .domain],
         "The frame came over a link and its destination is behind a link: links do not relay.")
     case .dropNoDestination:
-      define("drop_no_destination", [.port, .link, .domain], "A flood in a domain that has no other member, or a frame of an interface that just left its domain.")
-    case .dropInterfaceDown: define("drop_interface_down", egress, "The port's device or the link's socket is gone or down.")
+      define(
+        "drop_no_destination", [.port, .link, .domain],
+        "A flood in a domain that has no other member, or a frame of an interface that just left its domain.")
+    case .dropInterfaceDown:
+      define("drop_interface_down", egress, "The port's device or the link's socket is gone or down.")
     case .dropQueueFull:
-      define("drop_queue_full", egress, "The socket or device was full and so was the queue of frames that wait for it.")
-    case .dropNoSendOperation: define("drop_no_send_operation", egress, "Every send operation of the worker was in use.")
-    case .dropTooBig: define("drop_too_big", egress, "Too long for the underlay's path MTU or for the device (EMSGSIZE).")
+      define(
+        "drop_queue_full", egress, "The socket or device was full and so was the queue of frames that wait for it.")
+    case .dropNoSendOperation:
+      define("drop_no_send_operation", egress, "Every send operation of the worker was in use.")
+    case .dropTooBig:
+      define("drop_too_big", egress, "Too long for the underlay's path MTU or for the device (EMSGSIZE).")
     case .dropRefused:
       define("drop_refused", egress, "The other end answered that nobody listens there (ECONNREFUSED), twice.")
     case .dropSendFailed: define("drop_send_failed", egress, "The kernel refused the send for another reason.")
@@ -117,9 +130,15 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
 
     case .macsLearned: define("macs_learned", [.domain], "MAC addresses entered in the table.", unit: "addresses")
     case .macMoves: define("mac_moves", [.domain], "MAC addresses seen at a new place and followed.", unit: "moves")
-    case .macFreezes: define("mac_freezes", [.domain], "MAC addresses that moved too often and were frozen where they were.", unit: "freezes")
-    case .macFrozenFrames: define("mac_frozen_frames", [.domain], "Frames (forwarded) whose frozen source was seen elsewhere.")
-    case .macLimitFrames: define("mac_limit_frames", [.domain], "Frames (forwarded) whose source was not learned: the table is at its limit.")
+    case .macFreezes:
+      define(
+        "mac_freezes", [.domain], "MAC addresses that moved too often and were frozen where they were.", unit: "freezes"
+      )
+    case .macFrozenFrames:
+      define("mac_frozen_frames", [.domain], "Frames (forwarded) whose frozen source was seen elsewhere.")
+    case .macLimitFrames:
+      define(
+        "mac_limit_frames", [.domain], "Frames (forwarded) whose source was not learned: the table is at its limit.")
     case .macsAged: define("macs_aged", [.domain], "MAC addresses removed because they were silent.", unit: "addresses")
 
     case .enters: define("enters", [.worker], "Calls of io_uring_enter.", unit: "calls")
@@ -135,15 +154,23 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     case .batches16to31: define("batches_16_31", [.worker], "Turns that received 16 to 31 frames.", unit: "turns")
     case .batches32to63: define("batches_32_63", [.worker], "Turns that received 32 to 63 frames.", unit: "turns")
     case .batches64up: define("batches_64_up", [.worker], "Turns that received 64 frames or more.", unit: "turns")
-    case .receiveRearms: define("receive_rearms", [.worker], "Multishot receives that ended and were armed again.", unit: "receives")
+    case .receiveRearms:
+      define("receive_rearms", [.worker], "Multishot receives that ended and were armed again.", unit: "receives")
     case .receiveStarved:
-      define("receive_starved", [.worker], "Receives that ended because no slot was posted (ENOBUFS).", unit: "receives")
+      define(
+        "receive_starved", [.worker], "Receives that ended because no slot was posted (ENOBUFS).", unit: "receives")
     case .completionOverflows:
-      define("completion_overflows", [.worker], "Turns that found the completion queue overflown; the kernel kept what did not fit.", unit: "turns")
+      define(
+        "completion_overflows", [.worker],
+        "Turns that found the completion queue overflown; the kernel kept what did not fit.", unit: "turns")
     case .sendChains: define("send_chains", [.worker], "Chains of sends submitted.", unit: "chains")
-    case .laneBlocks: define("lane_blocks", [.worker], "Times that a socket or device was full (EAGAIN).", unit: "times")
-    case .resends: define("resends", [.worker], "Sends repeated after a stale error of the socket (ECONNREFUSED).", unit: "sends")
-    case .modeSwitches: define("mode_switches", [.worker], "Switches of adaptive dispatch between sleeping and polling.", unit: "switches")
+    case .laneBlocks:
+      define("lane_blocks", [.worker], "Times that a socket or device was full (EAGAIN).", unit: "times")
+    case .resends:
+      define("resends", [.worker], "Sends repeated after a stale error of the socket (ECONNREFUSED).", unit: "sends")
+    case .modeSwitches:
+      define(
+        "mode_switches", [.worker], "Switches of adaptive dispatch between sleeping and polling.", unit: "switches")
     }
   }
 

@@ -15,7 +15,8 @@ public struct Descriptor: BitwiseCopyable, Sendable {
   public var domain: DomainIndex
   /// Who sent a datagram; nobody for a frame from a port.
   public var sender: UnderlayAddress
-  /// ToS or traffic class (DSCP and ECN): the outer header's for a datagram that came in, the inner frame's after routing.
+  /// ToS or traffic class (DSCP and ECN): the outer header's for a datagram that came in, the inner frame's after
+  /// routing.
   public var typeOfService: UInt8
   /// Whether the kernel cut it because it did not fit.
   public var isTruncated: Bool

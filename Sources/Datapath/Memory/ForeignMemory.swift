@@ -9,7 +9,8 @@ import Glibc
 /// ours: the port copies the frame's headers there once, so that the guest cannot change what was parsed.
 @safe
 public final class ForeignMemory: @unchecked Sendable {
-  /// Segments of one buffer: the header copy and up to 16 pieces of payload, one less than the 18 vectors that a send takes.
+  /// Segments of one buffer: the header copy and up to 16 pieces of payload, one less than the 18 vectors that a send
+  /// takes.
   public static let segmentsMax = 17
   /// Private copy of a frame's headers: Ethernet, two tags, IPv6 with extension headers, TCP with options.
   public static let headerCopyBytes = 256

@@ -121,7 +121,8 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
   public mutating func hold(_ buffer: BufferReference, adding count: Int) {
     if buffer.owner == 0 {
       let old = states[Int(buffer.index)]
-      precondition(old != 0 && old != Self.postedMark && Int(old) + count < Int(Self.postedMark), "hold of a slot not held")
+      precondition(
+        old != 0 && old != Self.postedMark && Int(old) + count < Int(Self.postedMark), "hold of a slot not held")
       states[Int(buffer.index)] = old + UInt16(truncatingIfNeeded: count)
     } else {
       foreignMemory(buffer).hold(Int(buffer.index), adding: count)

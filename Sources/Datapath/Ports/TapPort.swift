@@ -107,7 +107,8 @@ public struct TapDevice: Sendable {
         switch number {
         case EPERM, EACCES: "run as root or with CAP_NET_ADMIN"
         case EBUSY: "another process holds the device; stop it or choose another name"
-        case EINVAL where existed: "a device of this name exists that is no TAP with so many queues; choose another name"
+        case EINVAL where existed:
+          "a device of this name exists that is no TAP with so many queues; choose another name"
         case E2BIG: "the device has no free queue left; ask for fewer"
         default: "see whether the name is taken (ip link show \(name))"
         }

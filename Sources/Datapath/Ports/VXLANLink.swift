@@ -131,7 +131,8 @@ public enum UnderlaySocket {
       let raw = UnsafeRawPointer(bytes)
       let found: UnderlayAddress
       switch unsafe Int32(raw.load(as: sa_family_t.self)) {
-      case AF_INET: found = unsafe UnderlayAddress(ipv4: UInt32(bigEndian: raw.load(fromByteOffset: 4, as: UInt32.self)))
+      case AF_INET:
+        found = unsafe UnderlayAddress(ipv4: UInt32(bigEndian: raw.load(fromByteOffset: 4, as: UInt32.self)))
       case AF_INET6:
         found = unsafe UnderlayAddress(
           high: UInt64(bigEndian: raw.loadUnaligned(fromByteOffset: 8, as: UInt64.self)),
@@ -168,7 +169,8 @@ public enum UnderlaySocket {
   ) throws(PortError) {
     var value = value
     guard unsafe setsockopt(descriptor, level, option, &value, socklen_t(MemoryLayout<Int32>.size)) == 0 else {
-      throw PortError(doing: doing, number: errno, reason: "socket option \(option): \(SystemError.text(errno))",
+      throw PortError(
+        doing: doing, number: errno, reason: "socket option \(option): \(SystemError.text(errno))",
         remedy: "this kernel lacks an option that tunnels need")
     }
   }

@@ -13,7 +13,8 @@ import Synchronization
 /// trace  0 … 7   beside each entry, its `Trace`: last-seen second and the history of its moves
 /// ```
 /// A MAC has two candidate buckets by a keyed hash (a guest chooses its MACs, and must not be able to choose whom they
-/// collide with). Its place in the candidate order (first bucket 0 … 7, second bucket 0 … 7) decides between duplicates.
+/// collide with). Its place in the candidate order (first bucket 0 … 7, second bucket 0 … 7) decides between
+/// duplicates.
 ///
 /// # Why it stays right without locks
 /// - An entry changes only by compare-and-swap of the whole word, MAC included, so nobody moves or removes an entry
@@ -119,7 +120,8 @@ public final class MACTable: @unchecked Sendable {
   }
 
   /// Removes every MAC that is located at an interface; control only, after every worker has adopted a snapshot
-  /// in which the interface has left the domain (so that nobody learns there any more), and before its index is used again.
+  /// in which the interface has left the domain (so that nobody learns there any more), and before its index is used
+  /// again.
   /// - Returns: how many.
   public func removeAll(at location: InterfaceIndex) -> Int {
     var removed = 0

@@ -11,8 +11,8 @@
 /// A flood with nobody to go to is found by whoever goes through the members (`SnapshotView.FloodSet`).
 public struct Router: ~Copyable {
   /// Entries of the decision cache: 512 of 32 bytes are a third to half of a core's first-level cache. Measured on
-  /// 2 shared cores: 3 ns a hit; 14 to 23 ns a frame without the cache, and as much when it meets 512 pairs of addresses
-  /// or more in turn.
+  /// 2 shared cores: 3 ns a hit; 14 to 23 ns a frame without the cache, and as much when it meets 512 pairs of
+  /// addresses or more in turn.
   public static let cacheEntries = 512
 
   /// The snapshot that the worker forwards by.

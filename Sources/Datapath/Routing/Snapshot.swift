@@ -2,14 +2,16 @@
 /// may send. Immutable.
 ///
 /// Control makes one for every change and publishes it; workers adopt its `view` between batches; control lets the old
-/// one go when all of them have. The MAC tables are not of the moment: the same table goes from one snapshot to the next.
+/// one go when all of them have. The MAC tables are not of the moment: the same table goes from one snapshot to the
+/// next.
 public final class Snapshot: Sendable {
   /// A port or a link.
   public struct Interface: Sendable {
     public enum Kind: Sendable {
       case port(domain: DomainIndex)
       /// - isRelay: frames from it may leave by other links. Links must then form a tree, or frames go round.
-      /// - dropsReservedBits: drop datagrams with a reserved VXLAN bit set, as Linux does; RFC 7348 section 5 ignores them.
+      /// - dropsReservedBits: drop datagrams with a reserved VXLAN bit set, as Linux does; RFC 7348 section 5
+      ///   ignores them.
       case link(peer: UnderlayAddress, domains: [DomainIndex], isRelay: Bool = false, dropsReservedBits: Bool = false)
     }
     public let index: InterfaceIndex

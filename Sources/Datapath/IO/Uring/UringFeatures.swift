@@ -1,15 +1,16 @@
 import CLinux
 import Glibc
 
-/// What a kernel's io_uring offers beyond its first release, of what the forwarder uses. Each missing one is replaced by
-/// a slower way.
+/// What a kernel's io_uring offers beyond its first release, of what the forwarder uses. Each missing one is replaced
+/// by a slower way.
 public struct UringFeatures: OptionSet, Sendable, CustomStringConvertible {
   public let rawValue: UInt32
   public init(rawValue: UInt32) { self.rawValue = rawValue }
 
   /// IORING_SETUP_SINGLE_ISSUER (6.0). Without it: the kernel takes a lock on every submission.
   public static let singleIssuer = Self(rawValue: 1 << 0)
-  /// IORING_SETUP_DEFER_TASKRUN (6.1): completions are made when the worker asks. Without it: on every return to user space.
+  /// IORING_SETUP_DEFER_TASKRUN (6.1): completions are made when the worker asks. Without it: on every return to user
+  /// space.
   public static let deferredWork = Self(rawValue: 1 << 1)
   /// Provided-buffer rings (5.19). Without them: one receive at a time for each source, into a slot named beforehand.
   public static let bufferRing = Self(rawValue: 1 << 2)
@@ -19,7 +20,8 @@ public struct UringFeatures: OptionSet, Sendable, CustomStringConvertible {
   public static let multishotRead = Self(rawValue: 1 << 4)
   /// A sparse table of registered files (5.19). Without it: a descriptor look-up on every operation.
   public static let fixedFiles = Self(rawValue: 1 << 5)
-  /// IORING_REGISTER_RESTRICTIONS (5.10). Without it: the ring could be used for operations that the forwarder never needs.
+  /// IORING_REGISTER_RESTRICTIONS (5.10). Without it: the ring could be used for operations that the forwarder never
+  /// needs.
   public static let restrictions = Self(rawValue: 1 << 6)
 
   public static let all: Self = [

@@ -11,8 +11,8 @@ import Glibc
 ///  4. `collect` enters the kernel once: it submits everything queued, runs deferred work, waits as told.
 ///
 /// While chains are out, `collect` waits for as many completions as there are sends out. They never wait for anything
-/// (MSG_DONTWAIT, O_NONBLOCK), so this does not sleep; it makes the kernel run the chains to their end in this call: with
-/// a wait of 0 or 1 it runs one link a call (measured: 30 calls for a chain of 32 against 1).
+/// (MSG_DONTWAIT, O_NONBLOCK), so this does not sleep; it makes the kernel run the chains to their end in this call:
+/// with a wait of 0 or 1 it runs one link a call (measured: 30 calls for a chain of 32 against 1).
 @safe
 public struct UringIO: ~Copyable, WorkerIO {
   public struct Limits: Sendable {
@@ -26,8 +26,8 @@ public struct UringIO: ~Copyable, WorkerIO {
     public var lanes: Int
     /// Send operations of the worker's pool.
     public var operations: Int
-    /// Completion queue entries: everything that can be out at once completes without an overflow: each posted slot, each
-    /// send, for each source its end and a cancellation, for each lane a poll and a cancellation.
+    /// Completion queue entries: everything that can be out at once completes without an overflow: each posted slot,
+    /// each send, for each source its end and a cancellation, for each lane a poll and a cancellation.
     public var completions: Int { max(2 * entries, posted + operations + 2 * sources + 2 * lanes) }
 
     public init(entries: Int, slots: Int, posted: Int, sources: Int, lanes: Int, operations: Int) {
@@ -260,7 +260,8 @@ public struct UringIO: ~Copyable, WorkerIO {
       Int(IORING_REGISTER_PROBE), Int(IORING_REGISTER_FILES), Int(IORING_REGISTER_FILES2),
       Int(IORING_REGISTER_FILES_UPDATE), Int(IORING_REGISTER_PBUF_RING),
     ]
-    var rules = [io_uring_restriction](repeating: io_uring_restriction(), count: operations.count + registrations.count + 1)
+    var rules = [io_uring_restriction](
+      repeating: io_uring_restriction(), count: operations.count + registrations.count + 1)
     var used = 0
     let highest = unsafe highestOperation(ring)
     for operation in operations where Int(operation) <= highest {
@@ -521,7 +522,8 @@ public struct UringIO: ~Copyable, WorkerIO {
     statistics.enters += 1
     // EINTR, EAGAIN, EBUSY, ETIME: nothing is lost; the next turn comes back here.
     if let nanoseconds {
-      var limit = __kernel_timespec(tv_sec: Int64(nanoseconds / 1_000_000_000), tv_nsec: Int64(nanoseconds % 1_000_000_000))
+      var limit = __kernel_timespec(
+        tv_sec: Int64(nanoseconds / 1_000_000_000), tv_nsec: Int64(nanoseconds % 1_000_000_000))
       var first: UnsafeMutablePointer<io_uring_cqe>?
       _ = unsafe io_uring_submit_and_wait_timeout(ring, &first, UInt32(count), &limit, nil)
     } else {
@@ -580,7 +582,8 @@ public struct UringIO: ~Copyable, WorkerIO {
     }
     guard !hasMore else { return }
     sources[source].isArmed = false
-    let isSingle = sources[source].kind == .tap ? !features.contains(.multishotRead) : !features.contains(.multishotReceive)
+    let isSingle =
+      sources[source].kind == .tap ? !features.contains(.multishotRead) : !features.contains(.multishotReceive)
     if isSingle, result >= 0, !sources[source].isCancelled { return arm(source, &memory) }
     // A read of 0 bytes or of none at all ends the source as an error does: a device never says end of file.
     let error = result < 0 ? -result : sources[source].isCancelled ? ECANCELED : 0
@@ -625,7 +628,8 @@ public struct UringIO: ~Copyable, WorkerIO {
     }
     let name = unsafe start + Self.receiveHeaderBytes
     if unsafe name.loadUnaligned(as: sa_family_t.self) == sa_family_t(AF_INET) {
-      event.sender = unsafe UnderlayAddress(ipv4: UInt32(bigEndian: name.loadUnaligned(fromByteOffset: 4, as: UInt32.self)))
+      event.sender = unsafe UnderlayAddress(
+        ipv4: UInt32(bigEndian: name.loadUnaligned(fromByteOffset: 4, as: UInt32.self)))
     } else {
       event.sender = unsafe UnderlayAddress(
         high: UInt64(bigEndian: name.loadUnaligned(fromByteOffset: 8, as: UInt64.self)),
