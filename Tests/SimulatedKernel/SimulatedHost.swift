@@ -237,6 +237,12 @@ final class SimulatedHost {
     for worker in 0..<plan.workers { send(.adopt(snapshot.view), to: worker) }
   }
 
+  /// Makes a guest's memory known to a worker; returns its owner number there.
+  func adopt(_ foreign: ForeignMemory, at worker: Int = 0) -> Int { seats[worker].worker.adopt(foreign.reference) }
+
+  /// Hands a worker a frame as a port does that polls a guest's memory.
+  func bring(_ descriptor: Descriptor, at worker: Int = 0) { seats[worker].worker.bring(descriptor) }
+
   func drain() {
     isStopping = true
     for worker in 0..<plan.workers { send(.drain, to: worker) }
