@@ -48,7 +48,8 @@ struct FramesECN {
         headerBytes: 20 + 4 * Int(random.number(UInt8.self) % 11), typeOfService: random.number(), totalBytes: 60,
         identification: random.number(), ipProtocol: IPProtocol.udp, source: random.number(),
         destination: random.number())
-      var frame = FrameMaker().ethernet(EtherType.ipv4).ipv4(header).payload(random.bytes(60 - header.headerBytes)).bytes
+      var frame = FrameMaker().ethernet(EtherType.ipv4).ipv4(header).payload(random.bytes(60 - header.headerBytes))
+        .bytes
       let wanted = random.number(UInt8.self)
       var expected = header
       expected.typeOfService = wanted
@@ -72,7 +73,8 @@ struct FramesECN {
     }
   }
 
-  @Test("nothing is written where no whole IP header is", arguments: [-1, 0, 14, 15, 53, 54, 55, 1000, Int.max, Int.min])
+  @Test(
+    "nothing is written where no whole IP header is", arguments: [-1, 0, 14, 15, 53, 54, 55, 1000, Int.max, Int.min])
   func rewriteRefused(networkOffset: Int) {
     let header = IPv6Header(payloadBytes: 0, nextHeader: 59, source: 1, destination: 2)
     // One byte too short for IPv6, and at other offsets no version at all.

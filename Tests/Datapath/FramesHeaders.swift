@@ -83,7 +83,8 @@ struct FramesVectors {
   @Test("an IPv6 header is read and written byte by byte")
   func ipv6() throws {
     let bytes = [UInt8](
-      hex: "6 b9 beef5 0003 3b 07 fd00 0000 0000 0000 0000 0000 0000 0001 fd00 0000 0000 0000 0000 0000 0000 0002 aabbcc")
+      hex:
+        "6 b9 beef5 0003 3b 07 fd00 0000 0000 0000 0000 0000 0000 0001 fd00 0000 0000 0000 0000 0000 0000 0002 aabbcc")
     let header = try #require(bytes.read { IPv6View($0)?.header })
     #expect(header.trafficClass == 0xb9 && header.flowLabel == 0xbeef5 && header.payloadBytes == 3)
     #expect(header.nextHeader == IPProtocol.noNextHeader && header.hopLimit == 7)
@@ -173,21 +174,41 @@ struct FramesRoundTrips {
         urgentPointer: random.number())
       let vni = random.number(UInt32.self) & VXLANHeader.vniMax
 
-      check(offset, EthernetHeader.bytes) { ethernet.write(into: &$0, at: $1) } read: {
+      check(offset, EthernetHeader.bytes) {
+        ethernet.write(into: &$0, at: $1)
+      } read: {
         #expect(EthernetView($0)?.header == ethernet)
       }
       // The EtherType behind a tag belongs to it when read, not when written.
-      check(offset, VLANTag.bytes) { tag.write(into: &$0, at: $1) } read: { #expect(VLANView($0)?.tag == tag) }
-      check(offset, ipv4.headerBytes) { ipv4.write(into: &$0, at: $1) } read: {
+      check(offset, VLANTag.bytes) {
+        tag.write(into: &$0, at: $1)
+      } read: {
+        #expect(VLANView($0)?.tag == tag)
+      }
+      check(offset, ipv4.headerBytes) {
+        ipv4.write(into: &$0, at: $1)
+      } read: {
         #expect(IPv4View($0)?.header == ipv4)
         #expect(IPv4View($0)?.isChecksumValid == true)
       }
-      check(offset, IPv6Header.bytes) { ipv6.write(into: &$0, at: $1) } read: {
+      check(offset, IPv6Header.bytes) {
+        ipv6.write(into: &$0, at: $1)
+      } read: {
         #expect(IPv6View($0)?.header == ipv6)
       }
-      check(offset, UDPHeader.bytes) { udp.write(into: &$0, at: $1) } read: { #expect(UDPView($0)?.header == udp) }
-      check(offset, tcp.headerBytes) { tcp.write(into: &$0, at: $1) } read: { #expect(TCPView($0)?.header == tcp) }
-      check(offset, VXLANHeader.bytes) { VXLANHeader(vni: vni).write(into: &$0, at: $1) } read: {
+      check(offset, UDPHeader.bytes) {
+        udp.write(into: &$0, at: $1)
+      } read: {
+        #expect(UDPView($0)?.header == udp)
+      }
+      check(offset, tcp.headerBytes) {
+        tcp.write(into: &$0, at: $1)
+      } read: {
+        #expect(TCPView($0)?.header == tcp)
+      }
+      check(offset, VXLANHeader.bytes) {
+        VXLANHeader(vni: vni).write(into: &$0, at: $1)
+      } read: {
         #expect(VXLANView($0)?.vni == vni)
       }
     }
@@ -229,9 +250,12 @@ struct FramesMalformed {
 
   @Test("a wrong version, header length or total length is no IPv4 datagram")
   func ipv4() {
-    let good = [UInt8](hex: "4600 0020 0000 0000 4011 0000 0a000001 0a000002 00000000") + [UInt8](repeating: 1, count: 8)
+    let good =
+      [UInt8](hex: "4600 0020 0000 0000 4011 0000 0a000001 0a000002 00000000") + [UInt8](repeating: 1, count: 8)
     #expect(IPv4View(good.rawBytes)?.payload.byteCount == 8)
-    let changes: [(Int, UInt8)] = [(0, 0x56), (0, 0x66), (0, 0x44), (0, 0x40), (0, 0x49), (3, 23), (3, 0), (3, 33), (2, 1)]
+    let changes: [(Int, UInt8)] = [
+      (0, 0x56), (0, 0x66), (0, 0x44), (0, 0x40), (0, 0x49), (3, 23), (3, 0), (3, 33), (2, 1),
+    ]
     for (index, value) in changes {
       var bytes = good
       bytes[index] = value
@@ -312,6 +336,13 @@ struct FramesExtensionHeaders {
     #expect(first.isFragment && first.offset == 48 && first.fragmentOffsetBytes == 0 && first.moreFragments)
     let atomic = try #require(upper(44, [UInt8](hex: "1100 0000 0000abcd") + udp))
     #expect(!atomic.isFragment && atomic.offset == 48 && atomic.ipProtocol == IPProtocol.udp)
+    // Each bit of the offset alone makes a later fragment.
+    for bit in 3..<16 {
+      let field = UInt16(1) << UInt16(bit)
+      let header = [17, 0, UInt8(field >> 8), UInt8(field & 0xff), 0, 0, 0, 1]
+      let found = try #require(upper(44, header + udp))
+      #expect(found.isFragment && found.offset == 0 && found.fragmentOffsetBytes == 1 << bit)
+    }
     // The two reserved bits beside M do not make a fragment.
     let reserved = try #require(upper(44, [UInt8](hex: "11ff 0006 0000abcd") + udp))
     #expect(!reserved.isFragment && reserved.offset == 48)

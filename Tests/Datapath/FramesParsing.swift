@@ -100,7 +100,8 @@ struct FramesFlowHash {
 
   func hash(_ flow: Flow, ipv6: Bool = false) throws -> UInt32 { try #require(frame(flow, ipv6: ipv6).parsed).flowHash }
 
-  @Test("a flow keeps its hash, whatever its frames carry, their ToS, length, TTL and sequence", arguments: [false, true])
+  @Test(
+    "a flow keeps its hash, whatever its frames carry, their ToS, length, TTL and sequence", arguments: [false, true])
   func constant(ipv6: Bool) throws {
     for ipProtocol in [IPProtocol.tcp, IPProtocol.udp] {
       let flow = Flow(ipProtocol: ipProtocol, vlan: 7)
@@ -233,7 +234,8 @@ struct FramesFlowHash {
     }
     let one = try hash(1, 2, EtherType.arp, [1, 2, 3])
     #expect(try hash(1, 2, EtherType.arp, [4, 5, 6, 7]) == one)
-    #expect(try Set([one, hash(3, 2, EtherType.arp, []), hash(1, 3, EtherType.arp, []), hash(1, 2, 0x88cc, [])]).count == 4)
+    #expect(
+      try Set([one, hash(3, 2, EtherType.arp, []), hash(1, 3, EtherType.arp, []), hash(1, 2, 0x88cc, [])]).count == 4)
     let hashes = try (0..<1000).map { try hash(0xffff_ffff_ffff, 0x0200_0000_0000 + UInt64($0), EtherType.arp, []) }
     #expect(chiSquared(hashes, buckets: 8) { Int($0 % 8) } < 30)
   }

@@ -73,6 +73,7 @@ extension MutableRawSpan {
   /// who chose the buffer; nothing from a guest or the wire decides it.
   @inlinable @inline(always)
   func preconditionFits(_ bytes: Int, at offset: Int) {
-    precondition(offset >= 0 && bytes >= 0 && offset <= byteCount && bytes <= byteCount - offset, "no room for a header")
+    precondition(
+      offset >= 0 && bytes >= 0 && offset <= byteCount && bytes <= byteCount - offset, "no room for a header")
   }
 }

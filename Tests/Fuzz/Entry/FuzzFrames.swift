@@ -229,8 +229,10 @@ private func checkRewrite(_ frame: RawSpan) {
     let inHeader = index - start
     precondition(inHeader == 0 || inHeader == 1 || inHeader == 10 || inHeader == 11)
   }
-  precondition(rewrite(original[start] >> 4 == 6 ? trafficClass(original, start) : original[start + 1],
-    in: &copy, networkOffset: start))
+  precondition(
+    rewrite(
+      original[start] >> 4 == 6 ? trafficClass(original, start) : original[start + 1],
+      in: &copy, networkOffset: start))
   // 0xffff, which no IPv4 header sums up to, comes back as zero, the same number.
   if original[start] >> 4 == 4, original[start + 10] == 0xff, original[start + 11] == 0xff {
     precondition(copy[start + 10] == copy[start + 11])
