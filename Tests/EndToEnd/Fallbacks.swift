@@ -15,7 +15,7 @@ extension EndToEnd {
         let pair = try lab.pair(flags: ["--without", features])
         #expect(pair.forwarders.allSatisfy { $0.isLogged("without=") }, "it says what it does without")
         #expect(try pair.guestA.ping(pair.guestB).isComplete)
-        #expect(try pair.guestA.tcp(to: pair.guestB, mebibytes: 16).receivedBytes >= 16 << 20)
+        #expect(try pair.guestA.tcp(to: pair.guestB, mebibytes: 16).receivedBytes > 8 << 20)
         _ = try pair.guestB.flow(to: pair.guestA, ["--udp", "--length", "1400", "--bitrate", "20M", "--time", "1"])
         for forwarder in pair.forwarders { try expectConservation(forwarder.stop()) }
       }

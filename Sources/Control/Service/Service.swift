@@ -216,7 +216,7 @@ public final class Service {
     for port in plan.ports.indices {
       let interface = plan.interface(port: port)
       let record = InterfaceRecord(
-        .tap, laneFirst: plan.lane(port: port), laneCount: 1,
+        .tap, laneFirst: plan.lane(port: port), laneCount: 1, mtuBytes: ports[port].mtuBytes,
         counters: interfaceCounters[number][interface.index].writer)
       worker.send(.addInterface(interface, record), wakes: false)
       lend(port, to: worker)

@@ -8,12 +8,19 @@ public struct InterfaceRecord: BitwiseCopyable, Sendable {
   public var laneFirst: UInt32
   /// 0: nothing leaves by it from this worker.
   public var laneCount: UInt32
+  /// The longest frame that it takes, in bytes from the destination MAC on; longer ones are dropped as too big.
+  public var frameBytesMax: UInt32
   public var counters: CounterBlock.Writer
 
-  public init(_ kind: Kind, laneFirst: Int, laneCount: Int, counters: CounterBlock.Writer) {
+  /// - Parameter mtuBytes: the longest payload; the Ethernet header and two VLAN tags come on top, as a switch allows.
+  public init(
+    _ kind: Kind, laneFirst: Int, laneCount: Int, mtuBytes: Int = FrameMemory.payloadBytesMax,
+    counters: CounterBlock.Writer
+  ) {
     self.kind = kind
     self.laneFirst = UInt32(laneFirst)
     self.laneCount = UInt32(laneCount)
+    frameBytesMax = UInt32(mtuBytes + EthernetHeader.bytes + 2 * VLANTag.bytes)
     self.counters = counters
   }
 }

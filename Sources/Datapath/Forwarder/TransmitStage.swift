@@ -79,6 +79,7 @@ struct TransmitStage: ~Copyable {
     let record = counters[egress]
     record.counters.add(.offeredFrames, Int(descriptor.wireFrames))
     guard record.laneCount > 0 else { return drop(.dropInterfaceDown, descriptor, egress, &memory, counters) }
+    if descriptor.length > record.frameBytesMax { return drop(.dropTooBig, descriptor, egress, &memory, counters) }
     let index = Int(record.laneFirst + descriptor.flowHash % record.laneCount)
     switch lanes[index].state {
     case .open: break

@@ -121,7 +121,7 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     case .dropNoSendOperation:
       define("drop_no_send_operation", egress, "Every send operation of the worker was in use.")
     case .dropTooBig:
-      define("drop_too_big", egress, "Too long for the underlay's path MTU or for the device (EMSGSIZE).")
+      define("drop_too_big", egress, "Longer than the port's MTU, or than the underlay's path MTU (EMSGSIZE).")
     case .dropRefused:
       define("drop_refused", egress, "The other end answered that nobody listens there (ECONNREFUSED), twice.")
     case .dropSendFailed: define("drop_send_failed", egress, "The kernel refused the send for another reason.")
