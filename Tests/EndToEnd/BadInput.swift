@@ -136,6 +136,20 @@ extension EndToEnd {
       }
     }
 
+    @Test func aFrameTooBigForTheUnderlayIsCountedAndOthersPass() throws {
+      try withLab { lab in
+        let pair = try lab.pair()
+        // The guest's owner may raise its MTU at any time.
+        try pair.guestA.namespace.ip("link", "set", Guest.device, "mtu", "3000")
+        #expect(try pair.guestA.ping(pair.guestB).isComplete)
+        let result = try pair.guestA.ping(pair.guestB, count: 3, payloadBytes: 2000, mayFragment: false)
+        #expect(result.received == 0)
+        let report = try pair.forwarders[0].stop()
+        #expect(report.total("drop_too_big", .links) == result.sent)
+        expectConservation(report)
+      }
+    }
+
     @Test func aStormOfNonsenseLeavesTheServiceWorking() throws {
       try withLab { lab in
         let pair = try lab.pair()

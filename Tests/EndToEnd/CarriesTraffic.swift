@@ -56,6 +56,23 @@ extension EndToEnd {
       }
     }
 
+    @Test(
+      "without one of io_uring's features the slower way carries the same",
+      arguments: [
+        "single-issuer", "defer-taskrun", "cqe-skip", "multishot-receive", "multishot-read", "buffer-rings",
+        "fixed-files",
+        "single-issuer,defer-taskrun,cqe-skip,multishot-receive,multishot-read,buffer-rings,fixed-files",
+      ])
+    func missingFeatures(features: String) throws {
+      try withLab { lab in
+        let pair = try lab.pair(flags: ["--without", features])
+        #expect(try pair.guestA.ping(pair.guestB).isComplete)
+        #expect(try pair.guestA.tcp(to: pair.guestB).receivedBytes > 16 << 20)
+        #expect(try sendNumbered(500, from: pair.guestA, to: pair.guestB) == Array(0..<500))
+        for forwarder in pair.forwarders { try expectConservation(forwarder.stop()) }
+      }
+    }
+
     @Test func anIPv6UnderlayCarriesPingTCPAndUDP() throws {
       try withLab { lab in
         try expectTraffic(lab.pair(family: .ipv6))

@@ -119,6 +119,20 @@ extension EndToEnd {
       }
     }
 
+    @Test func anUnderlayThatWasDownIsUsedAgain() throws {
+      try withLab { lab in
+        let pair = try lab.pair()
+        #expect(try pair.guestA.ping(pair.guestB).isComplete)
+        let host = pair.hosts[0].namespace
+        try host.ip("link", "set", Host.underlayDevice, "down")
+        #expect(try pair.guestA.ping(pair.guestB, count: 3).received == 0)
+        try host.ip("link", "set", Host.underlayDevice, "up")
+        #expect(try eventually { try pair.guestA.ping(pair.guestB, count: 1).isComplete })
+        #expect(try pair.guestB.ping(pair.guestA).isComplete)
+        for forwarder in pair.forwarders { try expectConservation(forwarder.stop()) }
+      }
+    }
+
     @Test func aPeerThatRestartsIsServedAgain() throws {
       try withLab { lab in
         let pair = try lab.pair()

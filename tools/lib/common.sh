@@ -13,8 +13,15 @@ wrong_usage() { say "$* (-h shows the options)"; exit 2; }
 # The usage text of a command is the comment that follows its first line.
 usage() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$self"; }
 
+# `swift build`, its progress only where somebody watches.
+build() {
+  local quiet=()
+  [ -t 2 ] || quiet=(--quiet)
+  swift build "${quiet[@]}" "$@" >&2
+}
+
 # Builds the release forwarder and prints its path.
 build_release() {
-  swift build --configuration release --product vnetr >&2 || return
+  build --configuration release --product vnetr || return
   echo "$(swift build --configuration release --show-bin-path)/vnetr"
 }
