@@ -9,7 +9,8 @@ extension Counter {
       "Generated from the registry of counters by `vnetr reference counters`: do not edit.",
       "",
       "A counter counts frames as they are on the wire (a super-frame counts as its segments) unless its unit says "
-        + "otherwise. `vnetr run` prints all of them on exit and on SIGUSR1, and checks that no frame was lost uncounted: "
+        + "otherwise. `vnetr run` prints all of them on exit and on SIGUSR1, and checks that no frame was lost "
+        + "uncounted: "
         + "received + copies = sent + dropped + in flight.",
     ]
     for scope in Scope.allCases {

@@ -2,21 +2,21 @@ import CLinux
 import Datapath
 import Glibc
 
-/// The simulated side of a worker's I/O: a kernel with a seed. It does, at the rates of `Faults`, what a real kernel may
-/// do, and writes down what the worker does against the contract of `WorkerIO` (`SimulatedNetwork.violations`).
+/// The simulated side of a worker's I/O: a kernel with a seed. It does, at the rates of `Faults`, what a real kernel
+/// may do, and writes down what the worker does against the contract of `WorkerIO` (`SimulatedNetwork.violations`).
 ///
 /// One instance a worker, all joined to one `SimulatedNetwork`, all on one thread: the test turns the workers in turn.
-/// A `collect` that may wait therefore never blocks. It moves time on to the next moment at which anything is due in the
-/// network, once, and returns with or without events: to a worker that is a spurious wake-up, which it must bear anyway,
-/// and the other workers get their turn.
+/// A `collect` that may wait therefore never blocks. It moves time on to the next moment at which anything is due in
+/// the network, once, and returns with or without events: to a worker that is a spurious wake-up, which it must bear
+/// anyway, and the other workers get their turn.
 ///
 /// What one `collect` does
 /// 1. Time moves on by what a call costs, and what is due on the wire arrives.
 /// 2. Armed sources and chains are carried out, in an order drawn anew, each as far as is drawn.
 /// 3. What was completed is reported, in an order drawn anew between sources and lanes, in order within one.
 ///
-/// As on the io_uring side a waker is armed for one wake-up: `woken` ends it, and `receiveEnded` comes in its place when
-/// it was cancelled.
+/// As on the io_uring side a waker is armed for one wake-up: `woken` ends it, and `receiveEnded` comes in its place
+/// when it was cancelled.
 @safe
 public struct SimulatedIO: ~Copyable, WorkerIO {
   public let chainFramesMax: Int

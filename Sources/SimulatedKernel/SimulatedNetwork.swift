@@ -9,7 +9,8 @@ import Glibc
 /// 1. A guest's frame waits in its device queue (`inject`) until a worker's armed source takes it.
 /// 2. A datagram that a worker sends waits in its socket's send buffer (full: EAGAIN), which drains at the wire's rate.
 /// 3. It travels for a random delay. Datagrams of one 5-tuple never overtake each other; others may.
-/// 4. It waits in the receive queue of the socket that it is for (full: dropped and counted here) until a worker takes it.
+/// 4. It waits in the receive queue of the socket that it is for (full: dropped and counted here) until a worker
+///    takes it.
 /// 5. A frame that a worker writes to a device is the guest's at once (`takeWritten`).
 ///
 /// Every datagram is counted once in `counts`, under what became of it: `isConserved` says whether the sums agree.

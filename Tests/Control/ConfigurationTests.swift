@@ -388,7 +388,8 @@ extension String {
       "domains = [\"green\"]", "domains = \"green\"",
       "link[1].domains: \"green\" is of the wrong type; write an array of strings"),
     Mistake(
-      "domains = [\"green\"]", "domains = [\"green\", 1]", "link[1].domains: it is an array; write an array of strings"),
+      "domains = [\"green\"]", "domains = [\"green\", 1]",
+      "link[1].domains: it is an array; write an array of strings"),
     Mistake(
       "reserved_bits = \"drop\"", "reserved_bits = \"dropp\"",
       "link[1].reserved_bits: \"dropp\" is no value of it; did you mean \"drop\"? (values: ignore, drop)"),
@@ -425,11 +426,13 @@ extension String {
     ),
     Mistake(
       "device = \"vm2\"", "device = \"a/b\"",
-      "port[1].device: \"a/b\" is no device name: it holds a space, / : % or a character outside of ASCII; use such as \"vm1\""
+      "port[1].device: \"a/b\" is no device name: it holds a space, / : % or a character outside of ASCII; use "
+        + "such as \"vm1\""
     ),
     Mistake(
       "device = \"vm2\"", "device = \"tap%d\"",
-      "port[1].device: \"tap%d\" is no device name: it holds a space, / : % or a character outside of ASCII; use such as "
+      "port[1].device: \"tap%d\" is no device name: it holds a space, / : % or a character outside of ASCII; use "
+        + "such as "
         + "\"vm1\""),
     Mistake(
       "device = \"vm2\"", "device = \"\"", "port[1].device: \"\" is no device name: it is empty; use such as \"vm1\""),
@@ -477,9 +480,11 @@ extension String {
     Mistake(
       "[\"10.99.0.1\", \"fd00::1\"]", "[]", "underlay.address: it is empty; give an address, or leave it out"),
     Mistake(
-      "\"10.99.0.2\"", "\"10.99.0.256\"", "link[0].remote: \"10.99.0.256\" is no address or host name; \(remoteRemedy)"),
+      "\"10.99.0.2\"", "\"10.99.0.256\"",
+      "link[0].remote: \"10.99.0.256\" is no address or host name; \(remoteRemedy)"),
     Mistake(
-      "\"10.99.0.2\"", "\"10.99.0.2:0\"", "link[0].remote: \"10.99.0.2:0\" is no address or host name; \(remoteRemedy)"),
+      "\"10.99.0.2\"", "\"10.99.0.2:0\"",
+      "link[0].remote: \"10.99.0.2:0\" is no address or host name; \(remoteRemedy)"),
     Mistake(
       "\"10.99.0.2\"", "\"[fd00::3\"", "link[0].remote: \"[fd00::3\" is no address or host name; \(remoteRemedy)"),
     Mistake(
@@ -504,7 +509,8 @@ extension String {
       "link[0].remote: 10.99.0.1:4789 is this node itself; use the other node's address"),
     Mistake(
       "\"10.99.0.2\"", "\"fd00::3\"",
-      "link[1].remote: fd00::3 is the remote of link[0].remote too, and both carry domain \"green\"; use one link, or give "
+      "link[1].remote: fd00::3 is the remote of link[0].remote too, and both carry domain \"green\"; use one "
+        + "link, or give "
         + "the links different domains"),
   ]
 

@@ -59,13 +59,14 @@ extension EndToEnd {
     @Test(
       "without one of io_uring's features the slower way carries the same",
       arguments: [
-        "single-issuer", "defer-taskrun", "cqe-skip", "multishot-receive", "multishot-read", "buffer-rings",
-        "fixed-files",
-        "single-issuer,defer-taskrun,cqe-skip,multishot-receive,multishot-read,buffer-rings,fixed-files",
+        "single-issuer", "deferred-work", "buffer-ring", "multishot-receive", "multishot-read", "fixed-files",
+        "restrictions",
+        "single-issuer,deferred-work,buffer-ring,multishot-receive,multishot-read,fixed-files,restrictions",
       ])
     func missingFeatures(features: String) throws {
       try withLab { lab in
         let pair = try lab.pair(flags: ["--without", features])
+        #expect(pair.forwarders.allSatisfy { $0.isLogged("without=") }, "it says what it does without")
         #expect(try pair.guestA.ping(pair.guestB).isComplete)
         #expect(try pair.guestA.tcp(to: pair.guestB).receivedBytes > 16 << 20)
         #expect(try sendNumbered(500, from: pair.guestA, to: pair.guestB) == Array(0..<500))

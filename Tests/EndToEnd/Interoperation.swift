@@ -76,16 +76,22 @@ extension EndToEnd {
         for (a, b) in [(ours, kernels), (kernels, ours)] {
           let sender = try PacketSocket(in: a.namespace)
           let receiver = try PacketSocket(in: b.namespace)
+          // The kernel's bridge multicasts by itself (listener reports): only numbered frames count.
+          func nextNumbered() throws -> [UInt8]? {
+            while let frame = try receiver.receive(seconds: 2) {
+              if Frame.number(of: frame) != nil { return frame }
+            }
+            return nil
+          }
           for destination in [MAC.broadcast, b.mac] {
             for number in 0..<50 {
               try sender.send(Frame.numbered(UInt32(number), to: destination, from: a.mac))
-              let arrived = try receiver.receive(seconds: 2)
-              #expect(arrived == Frame.numbered(UInt32(number), to: destination, from: a.mac))
+              #expect(try nextNumbered() == Frame.numbered(UInt32(number), to: destination, from: a.mac))
             }
           }
           let tagged = Frame.numbered(50, to: b.mac, from: a.mac, tags: [(Frame.customerTag, 7)])
           try sender.send(tagged)
-          #expect(try receiver.receive(seconds: 2) == tagged)
+          #expect(try nextNumbered() == tagged)
           #expect(try receiver.receiveNumbers(quietSeconds: 0.2) == [])
         }
         try expectConservation(forwarder.stop())

@@ -4,7 +4,8 @@ import Testing
 
 @testable import Datapath
 
-/// A port whose frames lie in a guest's memory goes the same way through a worker as one that the kernel fills slots for.
+/// A port whose frames lie in a guest's memory goes the same way through a worker as one that the kernel fills slots
+/// for.
 @Suite struct ForeignPortTests {
   /// One guest's memory: a frame in two pieces, of which the port copied the headers.
   @safe

@@ -4,8 +4,8 @@ import Testing
 
 @testable import Datapath
 
-/// Two or three hosts with the real worker over the simulated kernel: guests send numbered frames, unicast and broadcast,
-/// in one or two domains with the same MACs, under a mixture of faults.
+/// Two or three hosts with the real worker over the simulated kernel: guests send numbered frames, unicast and
+/// broadcast, in one or two domains with the same MACs, under a mixture of faults.
 struct ForwarderRun {
   var problems: [String] = []
   var violations: [Violation] = []

@@ -4,7 +4,8 @@ import Testing
 
 @testable import SimulatedKernel
 
-/// One worker's side of the simulated kernel, held by hand: a device with two queues, a socket that receives, and lanes.
+/// One worker's side of the simulated kernel, held by hand: a device with two queues, a socket that receives, and
+/// lanes.
 struct Hands: ~Copyable {
   let network: SimulatedNetwork
   let device: Int

@@ -154,7 +154,8 @@ extension Draft {
         guard let shared = mine.first(where: theirs.contains) else { continue }
         reader.report(
           fields.place(of: "remote"),
-          "\(end.address) is the remote of \(earlier.place(of: "remote").keyPath) too, and both carry domain \"\(shared)\"",
+          "\(end.address) is the remote of \(earlier.place(of: "remote").keyPath) too, and both carry domain "
+            + "\"\(shared)\"",
           "use one link, or give the links different domains")
         break
       }

@@ -6,7 +6,8 @@ extension Schema {
       "",
       "Generated from the table of keys by `vnetr reference configuration`: do not edit.",
       "",
-      "A configuration is one TOML file. It is read strictly: an unknown key, a bad value or a name that does not exist "
+      "A configuration is one TOML file. It is read strictly: an unknown key, a bad value or a name that does not "
+        + "exist "
         + "is an error, and `vnetr check FILE` reports all of them with their key paths. Arrays count from 0 in key "
         + "paths: `port[1].domain` is the second port's domain.",
     ]
@@ -22,7 +23,8 @@ extension Schema {
     }
     lines += [
       "", "## Names", "",
-      "Names are 1 to \(nameCharactersMax) letters, digits and `.` `_` `-` `:` `[` `]`. No two domains share a name, and "
+      "Names are 1 to \(nameCharactersMax) letters, digits and `.` `_` `-` `:` `[` `]`. No two domains share a "
+        + "name, and "
         + "no two of the ports and links. A device name has 1 to \(deviceNameBytesMax) bytes, without spaces, `/`, `:` "
         + "and `%`.",
       "", "## Not supported yet", "",

@@ -162,7 +162,8 @@ public enum Schema {
     KeyDefinition(
       .underlay, "address", .stringOrStrings,
       default: .derived("the source address of the kernel's route to the links"),
-      "This node's IPv4 or IPv6 address, or an array with at most one of each family; links of both can then run at once."
+      "This node's IPv4 or IPv6 address, or an array with at most one of each family; links of both can then run "
+        + "at once."
     ),
     KeyDefinition(
       .underlay, "vxlan_port", .integer(1...65_535), default: .value(.integer(4789)),
@@ -253,7 +254,8 @@ public enum Schema {
       "The CPUs that workers are pinned to, one worker each, such as \"0,1\"; `auto`: chosen at start."),
     KeyDefinition(
       .tuning, "dispatch", .choice(words(Configuration.Dispatch.self)), default: .value(.string("adaptive")),
-      "When a worker looks for frames. `guest-driven`: sleeps in the kernel and handles each event at once, for latency; "
+      "When a worker looks for frames. `guest-driven`: sleeps in the kernel and handles each event at once, for "
+        + "latency; "
         + "`vmm-driven`: polls, for throughput; `adaptive`: changes between them with the rate of frames."),
     KeyDefinition(
       .tuning, "dispatch_upper_fps", .integer(1...1_000_000_000), default: .value(.integer(10_000)),
@@ -288,7 +290,8 @@ public enum Schema {
       "Microseconds that a worker may wait for a fuller batch while it polls; 0: it never waits."),
     KeyDefinition(
       .tuning, "slots", .integer(16...65_535), default: .value(.integer(1_024)),
-      "Buffers of each worker, of 64 KiB of address space each. What `batch_frames` leaves of them may wait for full sockets."
+      "Buffers of each worker, of 64 KiB of address space each. What `batch_frames` leaves of them may wait for "
+        + "full sockets."
     ),
     KeyDefinition(
       .tuning, "send_buffer_bytes", .integer(4096...socketBufferBytesMax), default: .value(.integer(7 << 20)),

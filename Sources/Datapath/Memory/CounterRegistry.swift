@@ -89,7 +89,8 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     case .dropBadInnerLength:
       define(
         "drop_bad_inner_length", [.link, .domain],
-        "The inner frame is shorter than an Ethernet header, or its IP header is malformed or claims more bytes than came."
+        "The inner frame is shorter than an Ethernet header, or its IP header is malformed or claims more bytes "
+          + "than came."
       )
     case .dropNotECNCapable:
       define(
