@@ -42,6 +42,8 @@ struct Plan {
   func domain(named name: String) -> DomainIndex { DomainIndex(domains.firstIndex { $0.name == name }!) }
 
   func source(family: Int) -> Int { 1 + family }
+  /// The family of a source of the underlay's.
+  func family(ofSource source: Int) -> Int { source - 1 }
   func source(port: Int, queue: Int) -> Int { firstQueueSource[port] + queue }
   /// The port and the queue of a source; nil for the waker and the underlay.
   func queue(ofSource source: Int) -> (port: Int, queue: Int)? {

@@ -53,6 +53,8 @@ public final class Service {
   private var underlaySockets: [[Int32]] = []
   private var ports: [PortState] = []
   private var links: [LinkState] = []
+  /// Sources of the underlay's sockets whose receive failed, by worker: they are opened again at the next tick.
+  private var deafSources: [(worker: Int, source: Int)] = []
   /// By worker: the counters of each interface and each domain.
   private var interfaceCounters: [[CounterBlock]] = []
   private var domainCounters: [[CounterBlock]] = []
@@ -229,13 +231,14 @@ public final class Service {
       worker.send(.addInterface(interface, record), wakes: false)
       lendLink(link, to: worker)
     }
-    for family in plan.families.indices {
-      worker.send(
-        .openSource(
-          plan.source(family: family), .datagram, interface: .none, domain: .none,
-          descriptor: underlaySockets[family][number]), wakes: false)
-    }
-    Mailbox.wake(waker)
+    for family in plan.families.indices { lendUnderlay(family, to: worker) }
+  }
+
+  private func lendUnderlay(_ family: Int, to worker: WorkerThread) {
+    worker.send(
+      .openSource(
+        plan.source(family: family), .datagram, interface: .none, domain: .none,
+        descriptor: underlaySockets[family][worker.plan.number]), wakes: false)
   }
 
   private func lend(_ port: Int, to worker: WorkerThread) {
@@ -347,6 +350,11 @@ public final class Service {
       if removed > 0 { log.debug("aged", metadata: ["domain": "\(plan.domains[index].name)", "macs": "\(removed)"]) }
     }
     for port in plan.ports.indices where ports[port].isDown && ports[port].closing == 0 { bringBack(port) }
+    for (worker, source) in deafSources {
+      lendUnderlay(plan.family(ofSource: source), to: workers[worker])
+      workers[worker].wake()
+    }
+    deafSources = []
     for link in plan.links.indices where links[link].sockets.isEmpty {
       openLink(link)
       if !links[link].sockets.isEmpty {
@@ -363,7 +371,11 @@ public final class Service {
     switch report {
     case .sourceFailed(let source, let error):
       guard let (port, _) = plan.queue(ofSource: source) else {
-        return log.error("underlay socket failed", metadata: ["error": "\(SystemError.text(error))"])
+        log.error(
+          "the underlay's socket failed, will be retried",
+          metadata: ["worker": "\(worker.plan.number)", "why": "\(SystemError.text(error))"])
+        deafSources.append((worker.plan.number, source))
+        return
       }
       takeDown(port, error)
     case .laneFailed(let lane, let error):

@@ -49,7 +49,7 @@ public struct Audit: BitwiseCopyable, Sendable, Equatable {
   public var brokenDomain = DomainIndex.none
   /// Whether datagrams of the underlay all became a link's or were dropped.
   public var underlayHolds = true
-  /// Slots held beyond those that sends in flight hold: lost ones.
+  /// Slots held beyond those that sends in flight hold and, at the end, slots that the kernel did not give back.
   public var slotsLost = 0
   public var operationsLost = 0
 

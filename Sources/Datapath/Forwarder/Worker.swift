@@ -40,6 +40,8 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   private let controlWaker: Int32
   private var state = State.running
   private var drainStart: UInt64 = 0
+  /// Slots that were still posted after the last receive ended, at the end of a drain.
+  private var slotsNotTakenBack = 0
 
   private enum State { case running, draining, stopped }
 
@@ -229,6 +231,11 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     let isLate = now &- drainStart > Self.drainNanosecondsMax
     guard receive.openCount == 0 || isLate, transmit.inFlight == 0 || isLate else { return }
     for lane in 0..<transmit.laneCount { _ = transmit.beginClose(lane, .dropStopped, &io, &memory, counters) }
+    // With no receive left the kernel has no slot left either: one that does not come back now was lost.
+    if receive.openCount == 0 {
+      io.takeBackSlots(&memory)
+      slotsNotTakenBack = memory.postedCount
+    }
     report(.audited(audit()))
     state = .stopped
     report(.stopped)
@@ -239,7 +246,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     var result = Audit()
     tallyInFlight()
     result.inFlight = UInt64(inFlight.frames)
-    result.slotsLost = memory.holdsTotal - inFlight.slots
+    result.slotsLost = memory.holdsTotal - inFlight.slots + slotsNotTakenBack
     result.operationsLost = transmit.operationsInUse - transmit.inFlight
 
     var linksIn: UInt64 = 0
