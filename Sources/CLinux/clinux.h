@@ -124,6 +124,13 @@ static inline int clinux_device_set_mtu(int fd, const char *name, int bytes) {
   request.ifr_mtu = bytes;
   return ioctl(fd, SIOCSIFMTU, &request);
 }
+static inline int clinux_device_set_mac(int fd, const char *name, const unsigned char *mac) {
+  struct ifreq request = {0};
+  strncpy(request.ifr_name, name, IFNAMSIZ - 1);
+  request.ifr_hwaddr.sa_family = 1;  // ARPHRD_ETHER
+  memcpy(request.ifr_hwaddr.sa_data, mac, 6);
+  return ioctl(fd, SIOCSIFHWADDR, &request);
+}
 static inline int clinux_device_set_up(int fd, const char *name) {
   struct ifreq request = {0};
   strncpy(request.ifr_name, name, IFNAMSIZ - 1);

@@ -36,11 +36,10 @@ struct CounterReport {
   private var table: String {
     var lines: [[String]] = [["", "in frames", "in bytes", "out frames", "out bytes", "dropped"]]
     for row in rows where row.scope != .worker {
+      let shown: [Counter] = [.inFrames, .inBytes, .outFrames, .outBytes]
       lines.append(
-        [label(row)]
-          + [row.value(.inFrames), row.value(.inBytes), row.value(.outFrames), row.value(.outBytes), row.dropped].map {
-            String($0)
-          })
+        [label(row)] + shown.map { $0.definition.scopes.contains(row.scope) ? String(row.value($0)) : "" }
+          + [String(row.dropped)])
     }
     var text = Self.align(lines) + "\n"
     var drops: [[String]] = []

@@ -97,15 +97,26 @@ struct Plan {
   /// A port's MTU: what was asked for, or what the underlay carries of the links of its domain without fragments; the
   /// kernel's usual one in a domain without links.
   func mtuBytes(port: Int, underlayMTUBytes: [Int]) -> Int {
-    let configured = ports[port]
-    if let mtu = configured.mtuBytes { return mtu }
-    let carriers = links.filter { $0.domains.contains(configured.domain) }
+    ports[port].mtuBytes ?? carriedBytes(port: port, underlayMTUBytes: underlayMTUBytes) ?? 1_500
+  }
+
+  /// What the underlay carries of a port's frames; nil in a domain without links.
+  func carriedBytes(port: Int, underlayMTUBytes: [Int]) -> Int? {
+    let carriers = links.filter { $0.domains.contains(ports[port].domain) }
     let limits = carriers.compactMap { link -> Int? in
       guard let family = families.firstIndex(where: { $0.isIPv4 == link.remote.address.isIPv4 }) else { return nil }
       let overhead = families[family].isIPv4 ? VXLANLink.overheadBytesIPv4 : VXLANLink.overheadBytesIPv6
       return underlayMTUBytes[family] - overhead
     }
-    return limits.min() ?? 1_500
+    return limits.min()
+  }
+
+  /// The MAC address of a device that is made for a port: locally administered, the same after a restart, and another on
+  /// every node, because it is a hash of the node's name and addresses and of the port's name (FNV-1a, 64 bits).
+  func mac(port: Int, node: String) -> MACAddress {
+    let text = ([node] + families.map(\.description) + [ports[port].name]).joined(separator: "|")
+    let hash = text.utf8.reduce(0xCBF2_9CE4_8422_2325 as UInt64) { ($0 ^ UInt64($1)) &* 0x0000_0100_0000_01B3 }
+    return MACAddress(bits: 0x0200_0000_0000 | (hash ^ hash >> 40) & 0xFF_FFFF_FFFF)
   }
 
   /// The forwarding state of all of this.

@@ -42,6 +42,7 @@ public final class Service {
   private let log: Logger
   private let signals: Signals
   private let plan: Plan
+  private let whyTheseCPUs: String
   private let waker: Int32
   private let notify: Notify
   private let tables: [MACTable]
@@ -55,9 +56,13 @@ public final class Service {
   private var links: [LinkState] = []
   /// Sources of the underlay's sockets whose receive failed, by worker: they are opened again at the next tick.
   private var deafSources: [(worker: Int, source: Int)] = []
+  /// The workers that answered an audit since the last tick.
+  private var answered: Set<Int> = []
   /// By worker: the counters of each interface and each domain.
   private var interfaceCounters: [[CounterBlock]] = []
   private var domainCounters: [[CounterBlock]] = []
+  /// By domain: what control itself counts.
+  private let controlCounters: [CounterBlock]
 
   private struct PortState {
     var device: TapDevice?
@@ -87,17 +92,15 @@ public final class Service {
     notify = Notify(logger: log)
     let (cpus, why) = try Plan.chooseCPUs(configuration, allowed: ProcessorSet.allowed())
     plan = Plan(configuration, cpus: cpus)
-    log.info(
-      "workers",
-      metadata: ["cpus": "\(cpus.map(String.init).joined(separator: ","))", "layout": "fused", "why": "\(why)"])
-
+    whyTheseCPUs = why
     waker = eventfd(0, Int32(EFD_CLOEXEC) | Int32(EFD_NONBLOCK))
     guard waker >= 0 else { throw SystemError(errno, doing: "make an eventfd") }
     let devices = try plan.families.map { address in
       guard let device = UnderlaySocket.device(of: address) else {
         throw PortError(
           doing: "use \(address) as the underlay's address", number: EADDRNOTAVAIL,
-          reason: "no device of this host has it", remedy: "set underlay.address to one that `ip address` shows")
+          reason: "no device of this host has it",
+          remedy: "set underlay.address (or --address) to one that `ip address` shows")
       }
       return device
     }
@@ -105,8 +108,17 @@ public final class Service {
     let plan = plan
     let mtuBytes = plan.ports.indices.map { plan.mtuBytes(port: $0, underlayMTUBytes: underlayMTUBytes) }
     tables = configuration.domains.map { MACTable(macsMax: $0.macsMax) }
+    controlCounters = configuration.domains.map { _ in CounterBlock() }
     snapshot = try plan.snapshot(version: 1, tables: tables, mtuBytes: mtuBytes)
     ports = mtuBytes.map { PortState(mtuBytes: $0) }
+    for (port, bytes) in mtuBytes.enumerated() {
+      guard let carried = plan.carriedBytes(port: port, underlayMTUBytes: underlayMTUBytes), carried < bytes else {
+        continue
+      }
+      log.warning(
+        "the underlay carries less than the port's mtu: longer frames will be dropped at links (drop_too_big)",
+        metadata: ["name": "\(plan.ports[port].name)", "mtu": "\(bytes)", "carried": "\(carried)"])
+    }
     links = plan.links.map { _ in LinkState() }
     try openUnderlay()
     for port in plan.ports.indices { try openDevice(port) }
@@ -130,10 +142,15 @@ public final class Service {
     }
   }
 
+  private func makeDevice(_ port: Int) throws(PortError) -> TapDevice {
+    try TapDevice.open(
+      name: plan.ports[port].device, queues: plan.ports[port].queues, mtuBytes: ports[port].mtuBytes,
+      mac: plan.mac(port: port, node: configuration.node.name))
+  }
+
   private func openDevice(_ port: Int) throws {
     let configured = plan.ports[port]
-    let device = try TapDevice.open(
-      name: configured.device, queues: configured.queues, mtuBytes: ports[port].mtuBytes)
+    let device = try makeDevice(port)
     ports[port].device = device
     ports[port].wasMade = device.wasMade
     log.info(
@@ -144,7 +161,7 @@ public final class Service {
       ])
     if !device.wasMade, let mtu = device.mtuBytes, mtu > ports[port].mtuBytes {
       log.warning(
-        "the device's MTU is more than the underlay carries: longer frames will be dropped (drop_too_big)",
+        "the device's MTU is more than the port's: longer frames will be dropped (drop_too_big)",
         metadata: [
           "device": "\(device.name)", "mtu": "\(mtu)",
           "remedy": "ip link set \(device.name) mtu \(ports[port].mtuBytes)",
@@ -184,6 +201,8 @@ public final class Service {
 
   private func startWorkers() throws {
     let tuning = configuration.tuning
+    let cpus = plan.cpus.map(String.init).joined(separator: ",")
+    log.info("workers", metadata: ["cpus": "\(cpus)", "layout": "fused", "why": "\(whyTheseCPUs)"])
     for (number, cpu) in plan.cpus.enumerated() {
       var settings = WorkerThread.Plan(number: number, cpu: cpu)
       settings.ringEntries = tuning.ringEntries
@@ -205,6 +224,7 @@ public final class Service {
       try worker.start()
     }
     try awaitStart()
+    answered = Set(workers.map(\.plan.number))
     log.info("ready")
     notify.ready()
   }
@@ -347,7 +367,7 @@ public final class Service {
     for (index, table) in tables.enumerated() {
       let removed = table.sweep(
         nowSeconds: seconds, ageingSeconds: UInt32(configuration.domains[index].ageingSeconds))
-      if removed > 0 { log.debug("aged", metadata: ["domain": "\(plan.domains[index].name)", "macs": "\(removed)"]) }
+      controlCounters[index].writer.add(.macsAged, removed)
     }
     for port in plan.ports.indices where ports[port].isDown && ports[port].closing == 0 { bringBack(port) }
     for (worker, source) in deafSources {
@@ -364,7 +384,14 @@ public final class Service {
         }
       }
     }
-    notify.watchdog()
+    if notify.watchdogMicroseconds != nil { beat() }
+  }
+
+  /// Tells the service manager that this service lives, if every worker answered the audit of the last tick.
+  private func beat() {
+    if answered.count == workers.count { notify.watchdog() }
+    answered = []
+    for worker in workers { worker.send(.audit) }
   }
 
   private func handle(_ report: Report, of worker: WorkerThread) {
@@ -384,7 +411,8 @@ public final class Service {
       if let (port, _) = plan.queue(ofSource: source) { closed(port) }
     case .laneClosed(let lane):
       if let port = plan.port(ofLane: lane) { closed(port) }
-    case .couldNotStart, .started, .adopted, .audited, .stopped:
+    case .audited: answered.insert(worker.plan.number)
+    case .couldNotStart, .started, .adopted, .stopped:
       log.debug("late report", metadata: ["report": "\(report)"])
     }
   }
@@ -395,7 +423,10 @@ public final class Service {
     ports[port].isDown = true
     log.warning(
       "port is down, will be retried",
-      metadata: ["name": "\(plan.ports[port].name)", "why": "\(SystemError.text(error))"])
+      metadata: [
+        "name": "\(plan.ports[port].name)",
+        "why": error == EBADFD ? "the device is gone" : "\(SystemError.text(error))",
+      ])
     for worker in workers {
       let number = worker.plan.number
       worker.send(.closeLane(plan.lane(port: port)), wakes: false)
@@ -421,8 +452,7 @@ public final class Service {
     // A device that somebody else made comes back by that somebody.
     guard unsafe ports[port].wasMade || if_nametoindex(configured.device) != 0 else { return }
     do throws(PortError) {
-      ports[port].device = try TapDevice.open(
-        name: configured.device, queues: configured.queues, mtuBytes: ports[port].mtuBytes)
+      ports[port].device = try makeDevice(port)
     } catch {
       return log.debug("port stays down", metadata: ["name": "\(configured.name)", "why": "\(error)"])
     }
@@ -479,11 +509,8 @@ public final class Service {
       waitForSomething(milliseconds: 100)
       for worker in workers {
         while let report = worker.nextReport() {
-          if case .audited(let audit) = report {
-            audits[worker.plan.number] = audit
-          } else {
-            handle(report, of: worker)
-          }
+          if case .audited(let audit) = report { audits[worker.plan.number] = audit }
+          handle(report, of: worker)
         }
       }
     }
@@ -499,7 +526,7 @@ public final class Service {
       rows.append(.init(.link, link.name, interfaceCounters.map { $0[plan.interface(link: number).index] }))
     }
     for (number, domain) in plan.domains.enumerated() {
-      rows.append(.init(.domain, domain.name, domainCounters.map { $0[number] }))
+      rows.append(.init(.domain, domain.name, domainCounters.map { $0[number] } + [controlCounters[number]]))
     }
     for worker in workers { rows.append(.init(.worker, "\(worker.plan.number)", [worker.counters])) }
     let report = CounterReport(

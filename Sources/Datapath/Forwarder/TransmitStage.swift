@@ -193,6 +193,7 @@ struct TransmitStage: ~Copyable {
       // A device that is set down answers EIO, and may come up again.
       case EIO where lanes[index].kind == .tap: .dropInterfaceDown
       case ENETDOWN: .dropInterfaceDown
+      case ENETUNREACH, EHOSTUNREACH: .dropUnreachable
       default: isDeviceGone ? .dropInterfaceDown : .dropSendFailed
       }
     dropHead(index, reason, &memory, counters)

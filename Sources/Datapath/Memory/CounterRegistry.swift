@@ -19,7 +19,8 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
   // Drops by routing.
   case dropBadSource, dropSameInterface, dropSplitHorizon, dropNoDestination
   // Drops on the way out.
-  case dropInterfaceDown, dropQueueFull, dropNoSendOperation, dropTooBig, dropRefused, dropSendFailed, dropShortWrite
+  case dropInterfaceDown, dropQueueFull, dropNoSendOperation, dropTooBig, dropRefused, dropUnreachable, dropSendFailed
+  case dropShortWrite
   case dropStopped
 
   // Learning, by domain.
@@ -67,12 +68,16 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     return switch self {
     case .inFrames: define("in_frames", traffic, "Received from a guest or, for a link, from its other end.")
     case .inBytes:
-      define("in_bytes", traffic, "Bytes of those, from destination MAC to the end of payload.", unit: "bytes")
+      define(
+        "in_bytes", traffic,
+        "Bytes of those, from destination MAC to the end of payload; for the underlay with the encapsulation's header.",
+        unit: "bytes")
     case .outFrames: define("out_frames", egress, "Handed to the kernel, which took them.")
     case .outBytes:
       define("out_bytes", egress, "Bytes of those, from destination MAC to the end of payload.", unit: "bytes")
     case .offeredFrames:
-      define("offered_frames", egress, "Routed to this interface: sent, dropped on the way out, or in flight.")
+      define(
+        "offered_frames", [.port, .link], "Routed to this interface: sent, dropped on the way out, or in flight.")
     case .copies: define("copies", [.domain], "Copies that floods made: a frame sent to n places adds n - 1.")
 
     case .dropUnknownSource:
@@ -125,6 +130,11 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
       define("drop_too_big", egress, "Longer than the port's MTU, or than the underlay's path MTU (EMSGSIZE).")
     case .dropRefused:
       define("drop_refused", egress, "The other end answered that nobody listens there (ECONNREFUSED), twice.")
+    case .dropUnreachable:
+      define(
+        "drop_unreachable", egress,
+        "The underlay has no route to the other end, or nobody there answers for its address (ENETUNREACH, EHOSTUNREACH)."
+      )
     case .dropSendFailed: define("drop_send_failed", egress, "The kernel refused the send for another reason.")
     case .dropShortWrite: define("drop_short_write", egress, "The kernel took only a part of the frame.")
     case .dropStopped: define("drop_stopped", egress, "Still waiting for a full socket when the service stopped.")

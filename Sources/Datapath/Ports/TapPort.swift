@@ -59,13 +59,16 @@ public struct TapDevice: Sendable {
   /// Attaches to the device if it exists, else makes it.
   /// - Parameters:
   ///   - queues: how many queues to open, from 1 on.
-  ///   - mtuBytes: set on a device that was made; nil leaves the kernel's 1500.
-  public static func open(name: String, queues: Int, mtuBytes: Int?) throws(PortError) -> TapDevice {
+  ///   - mtuBytes: set on a device that was made.
+  ///   - mac: given to a device that was made, so that it comes back with the same one: neighbours remember it.
+  public static func open(
+    name: String, queues: Int, mtuBytes: Int, mac: MACAddress
+  ) throws(PortError) -> TapDevice {
     let existed = unsafe if_nametoindex(name) != 0
     var descriptors: [Int32] = []
     do throws(PortError) {
       for _ in 0..<queues { descriptors.append(try openQueue(name, isMultiQueue: queues > 1, existed: existed)) }
-      if !existed { try configure(name, mtuBytes) }
+      if !existed { try configure(name, mtuBytes, mac) }
     } catch {
       for descriptor in descriptors { Glibc.close(descriptor) }
       throw error
@@ -108,7 +111,7 @@ public struct TapDevice: Sendable {
         case EPERM, EACCES: "run as root or with CAP_NET_ADMIN"
         case EBUSY: "another process holds the device; stop it or choose another name"
         case EINVAL where existed:
-          "a device of this name exists that is no TAP with so many queues; choose another name"
+          "a device of this name exists that is no TAP, or has another number of queues; choose another name"
         case E2BIG: "the device has no free queue left; ask for fewer"
         default: "see whether the name is taken (ip link show \(name))"
         }
@@ -126,12 +129,16 @@ public struct TapDevice: Sendable {
     return EBUSY
   }
 
-  private static func configure(_ name: String, _ mtuBytes: Int?) throws(PortError) {
+  private static func configure(_ name: String, _ mtuBytes: Int, _ mac: MACAddress) throws(PortError) {
     let control = socket(AF_INET, Int32(SOCK_DGRAM.rawValue) | Int32(SOCK_CLOEXEC.rawValue), 0)
     defer { Glibc.close(control) }
-    if let mtuBytes, unsafe clinux_device_set_mtu(control, name, Int32(mtuBytes)) < 0 {
+    if unsafe clinux_device_set_mtu(control, name, Int32(mtuBytes)) < 0 {
       throw PortError(
         doing: "set the MTU of \(name) to \(mtuBytes)", number: errno, remedy: "choose an MTU from 68 to 65521")
+    }
+    let bytes = (0..<6).map { UInt8(truncatingIfNeeded: mac.bits >> UInt64(40 - 8 * $0)) }
+    guard unsafe clinux_device_set_mac(control, name, bytes) == 0 else {
+      throw PortError(doing: "give \(name) the MAC address \(mac)", number: errno, remedy: "see `dmesg`")
     }
     guard unsafe clinux_device_set_up(control, name) == 0 else {
       throw PortError(doing: "bring \(name) up", number: errno, remedy: "run as root or with CAP_NET_ADMIN")

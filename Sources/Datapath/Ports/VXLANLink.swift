@@ -193,7 +193,8 @@ public enum UnderlaySocket {
       let remedy =
         switch number {
         case EADDRINUSE: "another program uses this UDP port; stop it or set underlay.vxlan_port"
-        case EADDRNOTAVAIL: "no device of this host has the address; set underlay.address to one of `ip address`"
+        case EADDRNOTAVAIL:
+          "no device of this host has the address; set underlay.address (or --address) to one that `ip address` shows"
         case EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE"
         default: "check underlay.address and underlay.vxlan_port"
         }
