@@ -305,6 +305,7 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
       case .forBatch(let completions, let nanoseconds): (completions, nanoseconds)
       }
     // While something of ours counts calls, time must not run away over it.
+    if wanted > 0 { statistics.sleeps += 1 }
     if wanted > readyCount, !countsCalls, !network.chance(network.faults.spuriousReturn) {
       let next = network.nextDue
       if let nanoseconds {

@@ -22,12 +22,13 @@ struct CounterReport {
   }
 
   var rows: [Row]
-  var audits: [Audit]
+  /// By worker; nil where one did not answer.
+  var audits: [Audit?]
   /// Names of interfaces and domains by index, for what an audit finds broken.
   var interfaceNames: [String]
   var domainNames: [String]
 
-  var holds: Bool { audits.allSatisfy(\.holds) }
+  var holds: Bool { audits.allSatisfy { $0?.holds == true } }
 
   // MARK: Text
 
@@ -65,13 +66,17 @@ struct CounterReport {
 
   /// The design's first rule, as it stands: one line.
   var conservation: String {
-    func sum(_ part: (Audit) -> UInt64) -> UInt64 { audits.reduce(0) { $0 + part($1) } }
+    func sum(_ part: (Audit) -> UInt64) -> UInt64 { audits.reduce(0) { $0 + ($1.map(part) ?? 0) } }
     let sums =
       "received \(sum(\.received)) + copies \(sum(\.copies)) = sent \(sum(\.sent)) + dropped \(sum(\.dropped))"
       + " + in flight \(sum(\.inFlight))"
     if holds { return "conservation: holds: \(sums)" }
     var broken: [String] = []
-    for (worker, audit) in audits.enumerated() where !audit.holds {
+    for (worker, answer) in audits.enumerated() where answer?.holds != true {
+      guard let audit = answer else {
+        broken.append("worker \(worker) (it did not answer)")
+        continue
+      }
       var parts: [String] = []
       if audit.brokenInterface != .none {
         parts.append("interface \(name(audit.brokenInterface.index, interfaceNames))")

@@ -73,7 +73,7 @@ struct Plan {
   }
 
   /// The CPUs of the workers: those asked for, or as many of the last allowed ones as the port with the most queues can
-  /// use. The first CPU is left alone where there are others: the kernel's housekeeping is there.
+  /// use. The first CPU comes last: the kernel's housekeeping is there.
   static func chooseCPUs(_ configuration: Configuration, allowed: [Int]) throws(PortError) -> (cpus: [Int], why: String)
   {
     if let asked = configuration.tuning.cpus {
@@ -96,19 +96,18 @@ struct Plan {
 
   /// A port's MTU: what was asked for, or what the underlay carries of the links of its domain without fragments; the
   /// kernel's usual one in a domain without links.
-  func mtuBytes(port: Int, underlayMTUBytes: [Int]) -> Int {
-    ports[port].mtuBytes ?? carriedBytes(port: port, underlayMTUBytes: underlayMTUBytes) ?? 1_500
+  func mtuBytes(port: Int, linkMTUBytes: [Int]) -> Int {
+    ports[port].mtuBytes ?? carriedBytes(port: port, linkMTUBytes: linkMTUBytes) ?? 1_500
   }
 
-  /// What the underlay carries of a port's frames; nil in a domain without links.
-  func carriedBytes(port: Int, underlayMTUBytes: [Int]) -> Int? {
-    let carriers = links.filter { $0.domains.contains(ports[port].domain) }
-    let limits = carriers.compactMap { link -> Int? in
-      guard let family = families.firstIndex(where: { $0.isIPv4 == link.remote.address.isIPv4 }) else { return nil }
-      let overhead = families[family].isIPv4 ? VXLANLink.overheadBytesIPv4 : VXLANLink.overheadBytesIPv6
-      return underlayMTUBytes[family] - overhead
-    }
-    return limits.min()
+  /// What the links of a port's domain carry of its frames without fragments; nil in a domain without links.
+  func carriedBytes(port: Int, linkMTUBytes: [Int]) -> Int? {
+    links.indices.filter { links[$0].domains.contains(ports[port].domain) }.map { linkMTUBytes[$0] }.min()
+  }
+
+  /// The address of this node that a link is sent from; nil where its family has none.
+  func local(ofLink link: Int) -> UnderlayAddress? {
+    families.first { $0.isIPv4 == links[link].remote.address.isIPv4 }
   }
 
   /// The MAC address of a device that is made for a port: locally administered, the same after a restart, and another on

@@ -33,7 +33,12 @@ public final class Service {
     Privileges.raiseOpenFiles()
     let service = try Service(configuration, countersFormat, logger, signals)
     try Privileges.drop()
-    try service.startWorkers()
+    do {
+      try service.startWorkers()
+    } catch {
+      service.abandonWorkers()
+      throw error
+    }
     try service.loop()
   }
 
@@ -54,6 +59,8 @@ public final class Service {
   private var underlaySockets: [[Int32]] = []
   private var ports: [PortState] = []
   private var links: [LinkState] = []
+  /// The longest payload that each link carries without fragments.
+  private let linkMTUBytes: [Int]
   /// Sources of the underlay's sockets whose receive failed, by worker: they are opened again at the next tick.
   private var deafSources: [(worker: Int, source: Int)] = []
   /// The workers that answered an audit since the last tick.
@@ -95,24 +102,31 @@ public final class Service {
     whyTheseCPUs = why
     waker = eventfd(0, Int32(EFD_CLOEXEC) | Int32(EFD_NONBLOCK))
     guard waker >= 0 else { throw SystemError(errno, doing: "make an eventfd") }
-    let devices = try plan.families.map { address in
+    let deviceMTUBytes = try plan.families.map { address in
       guard let device = UnderlaySocket.device(of: address) else {
         throw PortError(
           doing: "use \(address) as the underlay's address", number: EADDRNOTAVAIL,
           reason: "no device of this host has it",
           remedy: "set underlay.address (or --address) to one that `ip address` shows")
       }
-      return device
+      return device.mtuBytes
     }
-    let underlayMTUBytes = devices.map(\.mtuBytes)
     let plan = plan
-    let mtuBytes = plan.ports.indices.map { plan.mtuBytes(port: $0, underlayMTUBytes: underlayMTUBytes) }
+    let linkMTUBytes = plan.links.indices.map { link -> Int in
+      guard let local = plan.local(ofLink: link), let family = plan.families.firstIndex(of: local) else { return 0 }
+      // The route's, because the address may be a loopback one; the device's where there is no route yet.
+      let underlay =
+        UnderlaySocket.pathMTUBytes(from: local, to: plan.links[link].remote.address) ?? deviceMTUBytes[family]
+      return underlay - (local.isIPv4 ? VXLANLink.overheadBytesIPv4 : VXLANLink.overheadBytesIPv6)
+    }
+    self.linkMTUBytes = linkMTUBytes
+    let mtuBytes = plan.ports.indices.map { plan.mtuBytes(port: $0, linkMTUBytes: linkMTUBytes) }
     tables = configuration.domains.map { MACTable(macsMax: $0.macsMax) }
     controlCounters = configuration.domains.map { _ in CounterBlock() }
     snapshot = try plan.snapshot(version: 1, tables: tables, mtuBytes: mtuBytes)
     ports = mtuBytes.map { PortState(mtuBytes: $0) }
     for (port, bytes) in mtuBytes.enumerated() {
-      guard let carried = plan.carriedBytes(port: port, underlayMTUBytes: underlayMTUBytes), carried < bytes else {
+      guard let carried = plan.carriedBytes(port: port, linkMTUBytes: linkMTUBytes), carried < bytes else {
         continue
       }
       log.warning(
@@ -122,7 +136,10 @@ public final class Service {
     links = plan.links.map { _ in LinkState() }
     try openUnderlay()
     for port in plan.ports.indices { try openDevice(port) }
-    for link in plan.links.indices { openLink(link) }
+    for link in plan.links.indices {
+      // What may pass is retried at every tick; what cannot is told now.
+      if let error = openLink(link), !error.mayPass { throw error }
+    }
   }
 
   private func openUnderlay() throws {
@@ -142,10 +159,12 @@ public final class Service {
     }
   }
 
-  private func makeDevice(_ port: Int) throws(PortError) -> TapDevice {
+  private func makeDevice(
+    _ port: Int, retries: Int = TapDevice.busyRetriesAtStart
+  ) throws(PortError) -> TapDevice {
     try TapDevice.open(
       name: plan.ports[port].device, queues: plan.ports[port].queues, mtuBytes: ports[port].mtuBytes,
-      mac: plan.mac(port: port, node: configuration.node.name))
+      mac: plan.mac(port: port, node: configuration.node.name), retries: retries)
   }
 
   private func openDevice(_ port: Int) throws {
@@ -170,15 +189,16 @@ public final class Service {
   }
 
   /// Opens the sockets of a link, or remembers why not: a route may come later.
-  private func openLink(_ link: Int) {
+  @discardableResult
+  private func openLink(_ link: Int) -> PortError? {
     let configured = plan.links[link]
-    guard let local = plan.families.first(where: { $0.isIPv4 == configured.remote.address.isIPv4 }) else { return }
+    guard let local = plan.local(ofLink: link) else { return nil }
     var sockets: [[Int32]] = []
     do throws(PortError) {
       for worker in 0..<plan.workerCount {
         sockets.append([])
         for number in 0..<plan.sourcePorts {
-          let spread = (link * plan.workerCount + worker) * plan.sourcePorts + number
+          let spread = worker * plan.sourcePorts + number
           sockets[worker].append(
             try UnderlaySocket.transmit(
               from: local, to: configured.remote.address, port: configured.remote.port, spread: spread,
@@ -188,12 +208,14 @@ public final class Service {
       links[link] = LinkState(sockets: sockets)
       log.info(
         "link", metadata: ["name": "\(configured.name)", "remote": "\(configured.remote)", "from": "\(local)"])
+      return nil
     } catch {
       for descriptor in sockets.joined() { close(descriptor) }
-      if links[link].problem == nil {
+      if links[link].problem == nil, error.mayPass {
         log.warning("link is down, will be retried", metadata: ["name": "\(configured.name)", "why": "\(error)"])
       }
       links[link].problem = error.description
+      return error
     }
   }
 
@@ -210,7 +232,9 @@ public final class Service {
       settings.hugePages = tuning.hugePages == .off ? .never : tuning.hugePages == .on ? .required : .preferred
       settings.without = tuning.without
       settings.worker.dispatch = tuning.dispatchSettings
-      settings.worker.postedSlots = tuning.batchFrames
+      // At least half of the slots may wait for full sockets.
+      settings.worker.postedSlots = max(1, min(tuning.batchFrames, tuning.slots / 2))
+      settings.worker.epochNanoseconds = startNanoseconds
       settings.worker.sources = plan.sourceCount
       settings.worker.lanes = max(1, plan.laneCount)
       settings.worker.interfaces = plan.interfaceCount
@@ -247,6 +271,7 @@ public final class Service {
       let interface = plan.interface(link: link)
       let record = InterfaceRecord(
         .vxlan, laneFirst: plan.lane(link: link, sourcePort: 0), laneCount: plan.sourcePorts,
+        mtuBytes: linkMTUBytes[link],
         counters: interfaceCounters[number][interface.index].writer)
       worker.send(.addInterface(interface, record), wakes: false)
       lendLink(link, to: worker)
@@ -315,6 +340,14 @@ public final class Service {
         default: handle(report, of: worker)
         }
       }
+    }
+  }
+
+  /// Ends the workers that already run when another could not start: they use what this object holds.
+  private func abandonWorkers() {
+    for worker in workers where worker.isStarted {
+      worker.send(.drain)
+      worker.join()
     }
   }
 
@@ -445,6 +478,9 @@ public final class Service {
     guard ports[port].closing == 0 else { return }
     ports[port].device?.close()
     ports[port].device = nil
+    // Whoever was behind it may be elsewhere by now: frames to it are flooded until it is heard of.
+    let domain = plan.domain(named: plan.ports[port].domain)
+    _ = tables[domain.index].removeAll(at: plan.interface(port: port))
   }
 
   private func bringBack(_ port: Int) {
@@ -452,7 +488,8 @@ public final class Service {
     // A device that somebody else made comes back by that somebody.
     guard unsafe ports[port].wasMade || if_nametoindex(configured.device) != 0 else { return }
     do throws(PortError) {
-      ports[port].device = try makeDevice(port)
+      // The next tick is the next try: this thread must not sleep.
+      ports[port].device = try makeDevice(port, retries: 0)
     } catch {
       return log.debug("port stays down", metadata: ["name": "\(configured.name)", "why": "\(error)"])
     }
@@ -501,7 +538,7 @@ public final class Service {
   // MARK: Counters
 
   /// Every worker's sums, each consistent in itself; waits for them, at most a second.
-  private func askForAudits() -> [Audit] {
+  private func askForAudits() -> [Audit?] {
     for worker in workers { worker.send(.audit) }
     var audits = [Audit?](repeating: nil, count: workers.count)
     let deadline = Self.now() + 1_000_000_000
@@ -514,11 +551,13 @@ public final class Service {
         }
       }
     }
-    return audits.compactMap { $0 }
+    return audits
   }
 
-  private func report(audits: [Audit]) -> String {
+  private func report(audits: [Audit?]) -> String {
     var rows = [CounterReport.Row(.underlay, "", workers.map(\.underlayCounters))]
+    let bufferDrops = underlaySockets.joined().reduce(0) { $0 + UnderlaySocket.receiveBufferDrops($1) }
+    rows[0].values[Counter.receiveBufferDrops.rawValue] = UInt64(bufferDrops)
     for (number, port) in plan.ports.enumerated() {
       rows.append(.init(.port, port.name, interfaceCounters.map { $0[plan.interface(port: number).index] }))
     }

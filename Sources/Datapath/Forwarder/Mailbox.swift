@@ -70,13 +70,13 @@ public final class Mailbox: Sendable {
   /// The eventfd that wakes control, shared by all workers.
   public let controlWaker: Int32
 
-  /// Commands that fit before control must wait for the worker: a configuration of a thousand links fits in one go.
-  static let commandsMax = 65_536
-  static let reportsMax = 65_536
+  /// Room for messages beyond those that opening or closing everything at once takes.
+  static let messagesSpare = 1_024
 
-  public init(controlWaker: Int32) throws(SystemError) {
-    commands = SPSCRing(capacity: Self.commandsMax)
-    reports = SPSCRing(capacity: Self.reportsMax)
+  /// - Parameter messagesMax: what control may ask for before the worker answers: opening every source and lane.
+  public init(controlWaker: Int32, messagesMax: Int = 1_024) throws(SystemError) {
+    commands = SPSCRing(capacity: messagesMax + Self.messagesSpare)
+    reports = SPSCRing(capacity: messagesMax + Self.messagesSpare)
     workerWaker = eventfd(0, Int32(EFD_CLOEXEC) | Int32(EFD_NONBLOCK))
     guard workerWaker >= 0 else { throw SystemError(errno, doing: "make an eventfd") }
     self.controlWaker = controlWaker

@@ -39,6 +39,8 @@ struct TransmitStage: ~Copyable {
     case blocked
     /// Waits for its chain to come back, then drops the rest.
     case closing
+    /// Its device is gone: control was told, once, and will close it.
+    case failed
   }
 
   init(laneCount: Int, operationCount: Int) {
@@ -86,7 +88,7 @@ struct TransmitStage: ~Copyable {
     // A full socket may keep frames back only while receives have slots left.
     case .blocked where canHoldBack: break
     case .blocked: return drop(.dropQueueFull, descriptor, egress, &memory, counters)
-    case .closed, .closing: return drop(.dropInterfaceDown, descriptor, egress, &memory, counters)
+    case .closed, .closing, .failed: return drop(.dropInterfaceDown, descriptor, egress, &memory, counters)
     }
     guard lanes[index].count < UInt32(Self.laneFramesMax) else {
       return drop(.dropQueueFull, descriptor, egress, &memory, counters)
@@ -177,8 +179,8 @@ struct TransmitStage: ~Copyable {
       return nil
     case EINTR:
       return nil
-    case ECONNREFUSED where !pool[operation].wasResent:
-      // An ICMP answer to an earlier datagram; this one was not sent (a connected socket tells the error once).
+    case _ where lanes[index].kind != .tap && Self.mayBeStale(error) && !pool[operation].wasResent:
+      // Perhaps an ICMP answer to an earlier datagram, which a connected socket tells once: this one was not sent.
       pool[operation].wasResent = true
       counters.worker.add(.resends)
       return nil
@@ -196,8 +198,23 @@ struct TransmitStage: ~Copyable {
       case ENETUNREACH, EHOSTUNREACH: .dropUnreachable
       default: isDeviceGone ? .dropInterfaceDown : .dropSendFailed
       }
-    dropHead(index, reason, &memory, counters)
-    return isDeviceGone ? .laneFailed(index, error: error) : nil
+    guard isDeviceGone else {
+      dropHead(index, reason, &memory, counters)
+      return nil
+    }
+    empty(index, reason, &memory, counters)
+    guard lanes[index].state != .closing else { return nil }
+    lanes[index].state = .failed
+    return .laneFailed(index, error: error)
+  }
+
+  /// Errors that a connected UDP socket passes on from an ICMP message about an earlier datagram (`icmp_err_convert` of
+  /// the kernel's net/ipv4/icmp.c).
+  private static func mayBeStale(_ error: Int32) -> Bool {
+    switch error {
+    case ECONNREFUSED, EHOSTUNREACH, ENETUNREACH, EMSGSIZE, EHOSTDOWN, ENOPROTOOPT: true
+    default: false
+    }
   }
 
   /// A full lane takes frames again.

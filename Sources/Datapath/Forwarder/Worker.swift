@@ -63,6 +63,8 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     public var interfaces = 1
     public var domains = 1
     public var operations = 1_024
+    /// The start of second 1 of learning and ageing, which all workers and control share; nil: now.
+    public var epochNanoseconds: UInt64?
     public init() {}
   }
 
@@ -75,7 +77,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     workerCounters: CounterBlock.Writer, underlayCounters: CounterBlock.Writer
   ) {
     let now = io.now()
-    startNanoseconds = now
+    startNanoseconds = settings.epochNanoseconds ?? now
     dispatch = Dispatch(settings.dispatch, now: now)
     wasPolling = dispatch.isPolling
     counters = CounterTable(
@@ -181,7 +183,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     counters.worker.add(.enters, statistics.enters)
     counters.worker.add(.completions, statistics.completions)
     if statistics.overflows > 0 { counters.worker.add(.completionOverflows, statistics.overflows) }
-    if wait == .forEvent { counters.worker.add(.sleeps) }
+    if statistics.sleeps > 0 { counters.worker.add(.sleeps, statistics.sleeps) }
     if received.count > 0 { counters.worker.add(Counter.batchBucket(received.count)) }
   }
 
@@ -246,7 +248,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     var result = Audit()
     tallyInFlight()
     result.inFlight = UInt64(inFlight.frames)
-    result.slotsLost = memory.holdsTotal - inFlight.slots + slotsNotTakenBack
+    result.slotsLost = memory.holdsTotal - inFlight.slots + memory.slotsAstray + slotsNotTakenBack
     result.operationsLost = transmit.operationsInUse - transmit.inFlight
 
     var linksIn: UInt64 = 0

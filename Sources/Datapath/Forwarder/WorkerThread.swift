@@ -34,11 +34,15 @@ public final class WorkerThread: @unchecked Sendable {
   /// Kept alive here until the worker has adopted it.
   private let firstSnapshot: Snapshot
   private var thread = pthread_t()
+  /// Whether there is a thread to join.
+  public private(set) var isStarted = false
 
   /// - Parameter controlWaker: the eventfd that a report wakes control by.
   public init(_ plan: Plan, controlWaker: Int32, snapshot: Snapshot) throws(SystemError) {
     self.plan = plan
-    let mailbox = try Mailbox(controlWaker: controlWaker)
+    let mailbox = try Mailbox(
+      controlWaker: controlWaker,
+      messagesMax: plan.worker.sources + plan.worker.lanes + plan.worker.interfaces + plan.worker.domains)
     self.mailbox = mailbox
     commands = mailbox.commands.makeProducer()
     reports = mailbox.reports.makeConsumer()
@@ -61,6 +65,7 @@ public final class WorkerThread: @unchecked Sendable {
       unsafe Unmanaged<WorkerThread>.fromOpaque(context).release()
       throw SystemError(error, doing: "start the thread of worker \(plan.number)")
     }
+    isStarted = true
   }
 
   /// Waits for the thread to end, after `.stopped` or `.couldNotStart`.
@@ -92,13 +97,16 @@ public final class WorkerThread: @unchecked Sendable {
         entries: plan.ringEntries, slots: plan.slots, posted: plan.worker.postedSlots, sources: plan.worker.sources,
         lanes: plan.worker.lanes, operations: plan.worker.operations)
       let io = try UringIO(limits, without: plan.without)
+      var settings = plan.worker
+      // One receive at a time takes a slot for each source before anything has come.
+      if !io.features.contains(.bufferRing) { settings.postedSlots += settings.sources }
       let memory = try FrameMemory(slotCount: plan.slots, hugePages: plan.hugePages != .never)
       if plan.hugePages == .required && !memory.hasHugePages {
         throw SystemError(ENOMEM, doing: "map the frame arena in huge pages")
       }
       let started = Report.started(features: io.features.rawValue, hasHugePages: memory.hasHugePages)
       var worker = Worker(
-        io: io, memory: memory, mailbox: mailbox, settings: plan.worker, view: firstSnapshot.view,
+        io: io, memory: memory, mailbox: mailbox, settings: settings, view: firstSnapshot.view,
         workerCounters: counters.writer, underlayCounters: underlayCounters.writer)
       worker.report(started)
       worker.run()

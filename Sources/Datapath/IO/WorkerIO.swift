@@ -36,7 +36,7 @@ public protocol WorkerIO: ~Copyable {
   /// Hands what was asked for to the kernel, waits as told, and appends what happened to `events` until it is full.
   mutating func collect(_ wait: Wait, _ memory: inout FrameMemory, into events: inout EventBatch)
 
-  /// Calls that entered the kernel since the last call of this function, and completions that it brought.
+  /// What happened since the last call of this function: calls that entered the kernel, completions, waits.
   mutating func takeStatistics() -> IOStatistics
   /// Gives back every slot that is still posted; only after all sources ended.
   mutating func takeBackSlots(_ memory: inout FrameMemory)
@@ -81,6 +81,8 @@ public struct IOStatistics: Sendable {
   public var enters = 0
   public var completions = 0
   public var overflows = 0
+  /// Collects that waited in the kernel for something to happen.
+  public var sleeps = 0
   public init() {}
 }
 

@@ -23,6 +23,9 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
   case dropShortWrite
   case dropStopped
 
+  /// Counted by the kernel, before a worker could receive them.
+  case receiveBufferDrops
+
   // Learning, by domain.
   case macsLearned, macMoves, macFreezes, macFrozenFrames, macLimitFrames, macsAged
 
@@ -86,7 +89,9 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
       define("drop_short_header", [.underlay], "The datagram ends before its encapsulation header does.")
     case .dropNoVNIFlag: define("drop_no_vni_flag", [.underlay], "The VXLAN I flag is not set (RFC 7348 section 5).")
     case .dropReservedBits:
-      define("drop_reserved_bits", [.link], "A reserved VXLAN bit is set and the link says reserved_bits = \"drop\".")
+      define(
+        "drop_reserved_bits", [.link, .domain],
+        "A reserved VXLAN bit is set and the link says reserved_bits = \"drop\".")
     case .dropUnknownVNI:
       define("drop_unknown_vni", [.underlay], "No link with this source address carries a domain with this VNI.")
     case .dropOversizedDatagram:
@@ -138,6 +143,11 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     case .dropSendFailed: define("drop_send_failed", egress, "The kernel refused the send for another reason.")
     case .dropShortWrite: define("drop_short_write", egress, "The kernel took only a part of the frame.")
     case .dropStopped: define("drop_stopped", egress, "Still waiting for a full socket when the service stopped.")
+
+    case .receiveBufferDrops:
+      define(
+        "receive_buffer_drops", [.underlay],
+        "Datagrams that the kernel dropped because a receive buffer was full: not among in_frames.")
 
     case .macsLearned: define("macs_learned", [.domain], "MAC addresses entered in the table.", unit: "addresses")
     case .macMoves: define("mac_moves", [.domain], "MAC addresses seen at a new place and followed.", unit: "moves")

@@ -79,6 +79,13 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
   public var heldCount: Int { slotCount - freeCount - postedCount }
   public var freeSlots: Int { freeCount }
 
+  /// Slots that are neither lent nor held and not on the free list either; 0, or one was lost.
+  public var slotsAstray: Int {
+    var idle = 0
+    for slot in 0..<slotCount where states[slot] == 0 { idle += 1 }
+    return idle - freeCount
+  }
+
   /// The sends that all held slots wait for.
   public var holdsTotal: Int {
     var total = 0

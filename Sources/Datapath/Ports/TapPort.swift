@@ -53,7 +53,7 @@ public struct TapDevice: Sendable {
   public static let queuesMax = 256
   private static let path = "/dev/net/tun"
   /// How long a device that a process just ended with stays busy: 20 to 60 ms were seen.
-  private static let busyRetries = 50
+  public static let busyRetriesAtStart = 50
   private static let busyRetryMicroseconds: UInt32 = 20_000
 
   /// Attaches to the device if it exists, else makes it.
@@ -61,13 +61,16 @@ public struct TapDevice: Sendable {
   ///   - queues: how many queues to open, from 1 on.
   ///   - mtuBytes: set on a device that was made.
   ///   - mac: given to a device that was made, so that it comes back with the same one: neighbours remember it.
+  ///   - retries: how often a busy device is tried again, each after 20 ms.
   public static func open(
-    name: String, queues: Int, mtuBytes: Int, mac: MACAddress
+    name: String, queues: Int, mtuBytes: Int, mac: MACAddress, retries: Int = busyRetriesAtStart
   ) throws(PortError) -> TapDevice {
     let existed = unsafe if_nametoindex(name) != 0
     var descriptors: [Int32] = []
     do throws(PortError) {
-      for _ in 0..<queues { descriptors.append(try openQueue(name, isMultiQueue: queues > 1, existed: existed)) }
+      for _ in 0..<queues {
+        descriptors.append(try openQueue(name, isMultiQueue: queues > 1, existed: existed, retries))
+      }
       if !existed { try configure(name, mtuBytes, mac) }
     } catch {
       for descriptor in descriptors { Glibc.close(descriptor) }
@@ -88,7 +91,9 @@ public struct TapDevice: Sendable {
     for queue in queues { Glibc.close(queue) }
   }
 
-  private static func openQueue(_ name: String, isMultiQueue: Bool, existed: Bool) throws(PortError) -> Int32 {
+  private static func openQueue(
+    _ name: String, isMultiQueue: Bool, existed: Bool, _ retries: Int
+  ) throws(PortError) -> Int32 {
     let doing = "attach TAP device \(name)"
     let descriptor = unsafe Glibc.open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC)
     guard descriptor >= 0 else {
@@ -99,9 +104,9 @@ public struct TapDevice: Sendable {
         : "run as root or with CAP_NET_ADMIN and access to \(path)"
       throw PortError(doing: "open \(path) for \(name)", number: number, remedy: remedy)
     }
-    var number = attach(descriptor, name, isMultiQueue)
+    var number = attach(descriptor, name, isMultiQueue, retries)
     // An existing device made for several queues wants to be opened as such, even for one.
-    if number == EINVAL && existed && !isMultiQueue { number = attach(descriptor, name, true) }
+    if number == EINVAL && existed && !isMultiQueue { number = attach(descriptor, name, true, retries) }
     if number == 0, clinux_tap_set_header_bytes(descriptor, Int32(TapPort.headerBytes)) < 0 { number = errno }
     if number == 0, clinux_tap_set_offloads(descriptor, 0) < 0 { number = errno }
     guard number == 0 else {
@@ -120,10 +125,10 @@ public struct TapDevice: Sendable {
     return descriptor
   }
 
-  private static func attach(_ descriptor: Int32, _ name: String, _ isMultiQueue: Bool) -> Int32 {
-    for attempt in 0...busyRetries {
+  private static func attach(_ descriptor: Int32, _ name: String, _ isMultiQueue: Bool, _ retries: Int) -> Int32 {
+    for attempt in 0...retries {
       if unsafe clinux_tap_attach(descriptor, name, isMultiQueue ? 1 : 0) == 0 { return 0 }
-      guard errno == EBUSY, attempt < busyRetries else { return errno }
+      guard errno == EBUSY, attempt < retries else { return errno }
       usleep(busyRetryMicroseconds)
     }
     return EBUSY

@@ -55,6 +55,9 @@ public enum UnderlaySocket {
   /// Source ports of links come from the dynamic range (RFC 7348 section 5, RFC 6335 section 6).
   static let sourcePortFirst = 49_152
   static let sourcePortCount = 16_384
+  /// How long the port of a process that was just killed stays taken: its ring holds the socket for some ms.
+  private static let busyRetries = 50
+  private static let busyRetryMicroseconds: UInt32 = 20_000
 
   /// A socket that receives the datagrams of all links of one family.
   /// - Parameters:
@@ -74,7 +77,7 @@ public enum UnderlaySocket {
       } else {
         try set(descriptor, Int32(IPPROTO_IPV6), IPV6_RECVTCLASS, 1, doing)
       }
-      try bind(descriptor, address, port, doing)
+      try bind(descriptor, address, port, doing, retries: busyRetries)
     } catch {
       close(descriptor)
       throw error
@@ -91,6 +94,8 @@ public enum UnderlaySocket {
     let doing = "send to \(text(remote, port))"
     let descriptor = try make(local, doing)
     do throws(PortError) {
+      // Links to different ends may share a source port: the four-tuples differ.
+      try set(descriptor, SOL_SOCKET, SO_REUSEPORT, 1, doing)
       try setBuffer(descriptor, SO_SNDBUFFORCE, SO_SNDBUF, bufferBytes, doing)
       // Nothing but errors comes here.
       try set(descriptor, SOL_SOCKET, SO_RCVBUF, 1, doing)
@@ -147,6 +152,28 @@ public enum UnderlaySocket {
     return nil
   }
 
+  /// The MTU of the path to `remote` as the kernel's route has it, in bytes; nil where there is no route.
+  public static func pathMTUBytes(from local: UnderlayAddress, to remote: UnderlayAddress) -> Int? {
+    guard let descriptor = try? make(local, "look up the path to \(remote)") else { return nil }
+    defer { close(descriptor) }
+    guard (try? bind(descriptor, local, 0, "")) != nil else { return nil }
+    var room = sockaddr_storage()
+    let length = socketAddress(remote, 9, &room)
+    guard unsafe withAddress(&room, { unsafe connect(descriptor, $0, length) }) == 0 else { return nil }
+    var bytes: Int32 = 0
+    var size = socklen_t(MemoryLayout<Int32>.size)
+    let (level, option) = local.isIPv4 ? (Int32(IPPROTO_IP), IP_MTU) : (Int32(IPPROTO_IPV6), IPV6_MTU)
+    return unsafe getsockopt(descriptor, level, option, &bytes, &size) == 0 && bytes > 0 ? Int(bytes) : nil
+  }
+
+  /// Datagrams that the kernel dropped because the socket's receive buffer was full (SK_MEMINFO_DROPS).
+  public static func receiveBufferDrops(_ descriptor: Int32) -> Int {
+    var words = InlineArray<9, UInt32>(repeating: 0)
+    var size = socklen_t(MemoryLayout.size(ofValue: words))
+    guard unsafe getsockopt(descriptor, SOL_SOCKET, SO_MEMINFO, &words, &size) == 0 else { return 0 }
+    return Int(words[8])
+  }
+
   // MARK: Parts
 
   private static func text(_ address: UnderlayAddress, _ port: UInt16) -> String {
@@ -184,12 +211,17 @@ public enum UnderlaySocket {
   }
 
   private static func bind(
-    _ descriptor: Int32, _ address: UnderlayAddress, _ port: UInt16, _ doing: String
+    _ descriptor: Int32, _ address: UnderlayAddress, _ port: UInt16, _ doing: String, retries: Int = 0
   ) throws(PortError) {
     var room = sockaddr_storage()
     let length = socketAddress(address, port, &room)
-    guard unsafe withAddress(&room, { unsafe Glibc.bind(descriptor, $0, length) }) == 0 else {
-      let number = errno
+    var number: Int32 = 0
+    for attempt in 0...retries {
+      number = unsafe withAddress(&room, { unsafe Glibc.bind(descriptor, $0, length) }) == 0 ? 0 : errno
+      guard number == EADDRINUSE, attempt < retries else { break }
+      usleep(busyRetryMicroseconds)
+    }
+    guard number == 0 else {
       let remedy =
         switch number {
         case EADDRINUSE: "another program uses this UDP port; stop it or set underlay.vxlan_port"

@@ -11,7 +11,7 @@ import Glibc
 ///  4. `collect` enters the kernel once: it submits everything queued, runs deferred work, waits as told.
 ///
 /// While chains are out, `collect` waits for as many completions as there are sends out. They never wait for anything
-/// (MSG_DONTWAIT, O_NONBLOCK), so this does not sleep; it makes the kernel run the chains to their end in this call:
+/// (MSG_DONTWAIT, RWF_NOWAIT), so this does not sleep; it makes the kernel run the chains to their end in this call:
 /// with a wait of 0 or 1 it runs one link a call (measured: 30 calls for a chain of 32 against 1).
 @safe
 public struct UringIO: ~Copyable, WorkerIO {
@@ -454,8 +454,9 @@ public struct UringIO: ~Copyable, WorkerIO {
       let send = unsafe pool.operation(operation)
       let entry = unsafe entry()
       if kind == .tap {
-        unsafe io_uring_prep_writev(
-          entry, file, send.pointee.message.msg_iov, UInt32(send.pointee.message.msg_iovlen), .max)
+        unsafe io_uring_prep_writev2(
+          entry, file, send.pointee.message.msg_iov, UInt32(send.pointee.message.msg_iovlen), .max,
+          Int32(RWF_NOWAIT))
       } else {
         unsafe io_uring_prep_sendmsg(entry, file, &send.pointee.message, UInt32(MSG_DONTWAIT))
       }
@@ -488,6 +489,7 @@ public struct UringIO: ~Copyable, WorkerIO {
     } else if sendsOut > 0 {
       enterIfUseful(waitingFor: sendsOut)
     } else {
+      if wait != .sweep { statistics.sleeps += 1 }
       switch wait {
       case .sweep: enterIfUseful(waitingFor: 0)
       case .forEvent: enter(waitingFor: 1, nanoseconds: nil)
