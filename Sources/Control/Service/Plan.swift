@@ -110,8 +110,8 @@ struct Plan {
     families.first { $0.isIPv4 == links[link].remote.address.isIPv4 }
   }
 
-  /// The MAC address of a device that is made for a port: locally administered, the same after a restart, and another on
-  /// every node, because it is a hash of the node's name and addresses and of the port's name (FNV-1a, 64 bits).
+  /// The MAC address of a device that is made for a port: locally administered, the same after a restart, and another
+  /// on every node, because it is a hash of the node's name and addresses and of the port's name (FNV-1a, 64 bits).
   func mac(port: Int, node: String) -> MACAddress {
     let text = ([node] + families.map(\.description) + [ports[port].name]).joined(separator: "|")
     let hash = text.utf8.reduce(0xCBF2_9CE4_8422_2325 as UInt64) { ($0 ^ UInt64($1)) &* 0x0000_0100_0000_01B3 }
