@@ -138,7 +138,7 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     case .dropUnreachable:
       define(
         "drop_unreachable", egress,
-        "The underlay has no route to the other end, or nobody there answers for its address (ENETUNREACH, EHOSTUNREACH)."
+        "The underlay has no route to the other end, or nobody answers for its address (ENETUNREACH, EHOSTUNREACH)."
       )
     case .dropSendFailed: define("drop_send_failed", egress, "The kernel refused the send for another reason.")
     case .dropShortWrite: define("drop_short_write", egress, "The kernel took only a part of the frame.")
