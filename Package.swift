@@ -20,7 +20,6 @@ let package = Package(
   dependencies: [
     .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
     .package(url: "https://github.com/apple/swift-log", from: "1.16.2"),
-    .package(url: "https://github.com/swiftlang/swift-subprocess", from: "1.0.2"),
   ],
   targets: [
     .systemLibrary(name: "CLinux", pkgConfig: "liburing", providers: [.apt(["liburing-dev"])]),
@@ -52,7 +51,7 @@ let package = Package(
       name: "ControlTests", dependencies: ["Control", "Datapath"], path: "Tests/Control", swiftSettings: own),
     .testTarget(
       name: "EndToEndTests",
-      dependencies: ["CLinux", "Datapath", .product(name: "Subprocess", package: "swift-subprocess")],
+      dependencies: ["CLinux", "Datapath"],
       path: "Tests/EndToEnd", swiftSettings: own),
   ]
 )
