@@ -19,8 +19,8 @@ let package = Package(
         .strictMemorySafety(),
         .treatAllWarnings(as: .error),
         .enableExperimentalFeature("Lifetimes"),
-        .unsafeFlags(["-parse-as-library", "-sanitize=fuzzer"]),
+        .unsafeFlags(["-parse-as-library", "-sanitize=address,fuzzer"]),
       ],
-      linkerSettings: [.unsafeFlags(["-sanitize=fuzzer"])])
+      linkerSettings: [.unsafeFlags(["-sanitize=address,fuzzer"])])
   }
 )
