@@ -54,7 +54,8 @@ public struct ParsedFrame: BitwiseCopyable, Hashable, Sendable {
   ///   - frameBytes: of the whole frame; lengths are checked against it. Below the count of `headers` it cuts them.
   /// - Returns: nil when there are less than 14 bytes.
   ///
-  /// Inlined into its few callers: 10 ns a frame, against 22 where the result comes back through memory.
+  /// Inlined into its few callers, which spares the result its way through memory: 9 to 10 ns for TCP over IPv4 and 16
+  /// to 18 over IPv6, against 21 and 24 to 26 when called (one hot frame, every field used, best of 9).
   @inlinable @inline(always)
   public init?(headers: RawSpan, frameBytes: Int) {
     let limit = min(headers.byteCount, frameBytes)
