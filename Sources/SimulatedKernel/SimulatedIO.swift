@@ -128,6 +128,7 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
 
   public func now() -> UInt64 { network.clock.nanoseconds }
   public func yieldProcessor() {}
+  public mutating func wake(_ waker: Int32) { network.wake(waker) }
 
   public mutating func takeStatistics() -> IOStatistics {
     defer { statistics = IOStatistics() }

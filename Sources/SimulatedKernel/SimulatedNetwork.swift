@@ -501,7 +501,7 @@ public final class SimulatedNetwork {
 
   func fits(_ descriptor: Int32, _ source: SourceKind) -> Bool {
     switch (kind(descriptor), source) {
-    case (.queue, .tap), (.socket, .datagram), (.waker, .waker): true
+    case (.queue, .tap), (.socket, .vxlan), (.socket, .vnetp), (.waker, .waker): true
     default: false
     }
   }

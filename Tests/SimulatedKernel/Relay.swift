@@ -38,7 +38,7 @@ struct Relay: ~Copyable {
     memory = try FrameMemory(slotCount: slots, hugePages: false)
     pool = SendPool(count: 64)
     io.openSource(Self.deviceSource, .tap, descriptor: device)
-    io.openSource(Self.socketSource, .datagram, descriptor: receive)
+    io.openSource(Self.socketSource, .vxlan, descriptor: receive)
     io.openSource(Self.wakerSource, .waker, descriptor: waker)
     io.openLane(Self.deviceLane, .tap, descriptor: device)
     io.openLane(Self.socketLane, .datagramIPv4, descriptor: send)

@@ -174,7 +174,7 @@ final class SimulatedHost {
     }
     send(
       .openSource(
-        1 + plan.portCount, .datagram, interface: .none, domain: .none, descriptor: receivers[worker]), to: worker)
+        1 + plan.portCount, .vxlan, interface: .none, domain: .none, descriptor: receivers[worker]), to: worker)
   }
 
   private func openSource(_ port: Int, at worker: Int) {
@@ -202,7 +202,7 @@ final class SimulatedHost {
           // A device that is still there is opened again; the underlay's socket always is.
           if source == 1 + plan.portCount {
             send(
-              .openSource(source, .datagram, interface: .none, domain: .none, descriptor: receivers[number]),
+              .openSource(source, .vxlan, interface: .none, domain: .none, descriptor: receivers[number]),
               to: number)
           } else if !network.isGone(device: devices[source - 1]) {
             openSource(source - 1, at: number)

@@ -33,7 +33,7 @@ struct Hands: ~Copyable {
     io = SimulatedIO(network, chainFramesMax: 8)
     memory = try FrameMemory(slotCount: slots, hugePages: false)
     io.openSource(0, .tap, descriptor: queues[0])
-    io.openSource(1, .datagram, descriptor: receiver)
+    io.openSource(1, .vxlan, descriptor: receiver)
     io.openLane(0, .tap, descriptor: queues[0])
     io.openLane(1, .tap, descriptor: queues[1])
   }
@@ -355,7 +355,7 @@ struct Hands: ~Copyable {
     ] {
       var hands = try Hands()
       let receiver = hands.network.openSocket(there, port: 4789)
-      hands.io.openSource(2, .datagram, descriptor: receiver)
+      hands.io.openSource(2, .vxlan, descriptor: receiver)
       hands.io.openLane(2, kind, descriptor: hands.network.openSocket(here, connectedTo: there, port: 4789))
       hands.post(1)
       hands.io.arm(2, &hands.memory)

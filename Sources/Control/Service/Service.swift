@@ -100,8 +100,7 @@ public final class Service {
     let (cpus, why) = try Plan.chooseCPUs(configuration, allowed: ProcessorSet.allowed())
     plan = Plan(configuration, cpus: cpus)
     whyTheseCPUs = why
-    waker = eventfd(0, Int32(EFD_CLOEXEC) | Int32(EFD_NONBLOCK))
-    guard waker >= 0 else { throw SystemError(errno, doing: "make an eventfd") }
+    waker = try Waker.make()
     let deviceMTUBytes = try plan.families.map { address in
       guard let device = UnderlaySocket.device(of: address) else {
         throw PortError(
@@ -282,7 +281,7 @@ public final class Service {
   private func lendUnderlay(_ family: Int, to worker: WorkerThread) {
     worker.send(
       .openSource(
-        plan.source(family: family), .datagram, interface: .none, domain: .none,
+        plan.source(family: family), .vxlan, interface: .none, domain: .none,
         descriptor: underlaySockets[family][worker.plan.number]), wakes: false)
   }
 

@@ -2,7 +2,12 @@
 
 /// What a worker knows of one port or link, beyond what the snapshot says.
 public struct InterfaceRecord: BitwiseCopyable, Sendable {
-  public enum Kind: UInt8, BitwiseCopyable, Sendable { case absent, tap, vxlan }
+  public enum Kind: UInt8, BitwiseCopyable, Sendable {
+    case absent, tap, packet, vxlan, vnetp
+
+    @inline(__always)
+    var isLink: Bool { self == .vxlan || self == .vnetp }
+  }
   public var kind: Kind
   /// The first of its lanes at this worker; a link has one for each source port, a TAP one.
   public var laneFirst: UInt32

@@ -77,16 +77,9 @@ public final class Mailbox: Sendable {
   public init(controlWaker: Int32, messagesMax: Int = 1_024) throws(SystemError) {
     commands = SPSCRing(capacity: messagesMax + Self.messagesSpare)
     reports = SPSCRing(capacity: messagesMax + Self.messagesSpare)
-    workerWaker = eventfd(0, Int32(EFD_CLOEXEC) | Int32(EFD_NONBLOCK))
-    guard workerWaker >= 0 else { throw SystemError(errno, doing: "make an eventfd") }
+    workerWaker = try Waker.make()
     self.controlWaker = controlWaker
   }
 
   deinit { close(workerWaker) }
-
-  /// Adds one to an eventfd; callable from any thread.
-  public static func wake(_ waker: Int32) {
-    var one: UInt64 = 1
-    _ = unsafe write(waker, &one, 8)
-  }
 }

@@ -96,7 +96,12 @@ struct TransmitStage: ~Copyable {
     guard let operation = pool.take() else {
       return drop(.dropNoSendOperation, descriptor, egress, &memory, counters)
     }
-    let header = record.kind == .tap ? TapPort.plainHeader : VXLANLink.header(vni: vni)
+    let header =
+      switch record.kind {
+      case .vxlan: VXLANLink.header(vni: vni)
+      case .vnetp: SendPool.Header(count: 0)
+      case .tap, .packet, .absent: TapPort.plainHeader
+      }
     guard pool.fill(operation, descriptor, egress: egress, lane: lanes[index].kind, header: header, memory) else {
       pool.giveBack(operation)
       return drop(.dropSendFailed, descriptor, egress, &memory, counters)
@@ -179,21 +184,21 @@ struct TransmitStage: ~Copyable {
       return nil
     case EINTR:
       return nil
-    case _ where lanes[index].kind != .tap && Self.mayBeStale(error) && !pool[operation].wasResent:
+    case _ where lanes[index].kind.isDatagram && Self.mayBeStale(error) && !pool[operation].wasResent:
       // Perhaps an ICMP answer to an earlier datagram, which a connected socket tells once: this one was not sent.
       pool[operation].wasResent = true
       counters.worker.add(.resends)
       return nil
     default: break
     }
-    let isDeviceGone = lanes[index].kind == .tap && (error == EBADFD || error == ENODEV || error == EBADF)
+    let isDeviceGone = !lanes[index].kind.isDatagram && (error == EBADFD || error == ENODEV || error == EBADF)
     let reason: Counter =
       switch error {
       case ECONNREFUSED: .dropRefused
       case EMSGSIZE: .dropTooBig
       case IOEvent.shortWrite: .dropShortWrite
       // A device that is set down answers EIO, and may come up again.
-      case EIO where lanes[index].kind == .tap: .dropInterfaceDown
+      case EIO where !lanes[index].kind.isDatagram: .dropInterfaceDown
       case ENETDOWN: .dropInterfaceDown
       case ENETUNREACH, EHOSTUNREACH: .dropUnreachable
       default: isDeviceGone ? .dropInterfaceDown : .dropSendFailed

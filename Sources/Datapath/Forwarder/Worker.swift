@@ -193,7 +193,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     guard let report else { return }
     // Reports are few and bounded by what control asked for; a full ring means that control is gone.
     _ = reports.push(report)
-    Mailbox.wake(controlWaker)
+    Waker.wake(controlWaker)
   }
 
   private mutating func carryOutCommands() {
@@ -261,7 +261,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
       result.received += received
       result.sent += sent
       result.dropped += drops.all
-      if record.kind == .vxlan { linksIn += received }
+      if record.kind.isLink { linksIn += received }
       let accounted = sent + drops.egress + UInt64(inFlight.byInterface[index])
       if record.counters.value(.offeredFrames) != accounted, result.brokenInterface == .none {
         result.brokenInterface = InterfaceIndex(index)

@@ -76,12 +76,12 @@ public final class WorkerThread: @unchecked Sendable {
   @discardableResult
   public func send(_ command: Command, wakes: Bool = true) -> Bool {
     let isSent = commands.push(command)
-    if wakes { Mailbox.wake(mailbox.workerWaker) }
+    if wakes { Waker.wake(mailbox.workerWaker) }
     return isSent
   }
 
   /// Wakes the worker for commands that were sent without.
-  public func wake() { Mailbox.wake(mailbox.workerWaker) }
+  public func wake() { Waker.wake(mailbox.workerWaker) }
 
   /// The next report, if there is one.
   public func nextReport() -> Report? { reports.pop() }
@@ -119,7 +119,7 @@ public final class WorkerThread: @unchecked Sendable {
   private func fail(_ error: Int32) {
     var reports = mailbox.reports.makeProducer()
     _ = reports.push(.couldNotStart(error: error))
-    Mailbox.wake(mailbox.controlWaker)
+    Waker.wake(mailbox.controlWaker)
   }
 }
 

@@ -102,7 +102,7 @@ public struct SendPool: ~Copyable, @unchecked Sendable {
     else { return false }
     unsafe send.pointee.message.msg_iov = vectors
     unsafe send.pointee.message.msg_iovlen = 1 + segments
-    if kind == .tap || descriptor.typeOfService == 0 {
+    if !kind.isDatagram || descriptor.typeOfService == 0 {
       unsafe send.pointee.message.msg_control = nil
       unsafe send.pointee.message.msg_controllen = 0
     } else if kind == .datagramIPv4 {

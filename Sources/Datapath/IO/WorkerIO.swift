@@ -45,6 +45,8 @@ public protocol WorkerIO: ~Copyable {
   var chainFramesMax: Int { get }
   /// Monotonic time in nanoseconds.
   func now() -> UInt64
+  /// Adds one to the eventfd of a neighbour's waker.
+  mutating func wake(_ waker: Int32)
   /// Lets another thread have this core for a moment, where one wants it.
   func yieldProcessor()
 }
@@ -52,17 +54,28 @@ public protocol WorkerIO: ~Copyable {
 public enum SourceKind: UInt8, BitwiseCopyable, Sendable {
   /// A TAP queue: each receive is a virtio header of 12 bytes and a frame.
   case tap
-  /// A UDP socket: each receive is a datagram with its sender and its ToS.
-  case datagram
-  /// The eventfd that control writes to: each receive is a wake-up and takes no slot.
+  /// An AF_PACKET socket with PACKET_VNET_HDR: each receive is a virtio header of 12 bytes and a frame, the VLAN tag
+  /// that the kernel took out of it beside.
+  case packet
+  /// The underlay's UDP socket of an encapsulation: each receive is a datagram with its sender and its ToS.
+  case vxlan, vnetp
+  /// The eventfd that control and neighbours write to: each receive is a wake-up and takes no slot.
   case waker
+
+  @inline(__always)
+  public var isDatagram: Bool { self == .vxlan || self == .vnetp }
 }
 
 public enum LaneKind: UInt8, BitwiseCopyable, Sendable {
   /// A TAP queue, by `writev`.
   case tap
+  /// An AF_PACKET socket, by `sendmsg`: a virtio header of 12 bytes and a frame.
+  case packet
   /// A connected UDP socket, by `sendmsg`; the family settles the control message of the ToS.
   case datagramIPv4, datagramIPv6
+
+  @inline(__always)
+  public var isDatagram: Bool { self == .datagramIPv4 || self == .datagramIPv6 }
 }
 
 /// How long `collect` may stay in the kernel.
@@ -117,6 +130,9 @@ public struct IOEvent: BitwiseCopyable, Sendable {
   public var slot: UInt32 = 0
   public var offset: UInt32 = 0
   public var length: UInt32 = 0
+  /// The VLAN tag that the kernel took out of a packet socket's frame: TPID in the upper half, TCI in the lower; 0 for
+  /// none (PACKET_AUXDATA, linux/if_packet.h).
+  public var vlanTag: UInt32 = 0
   /// The sender of a datagram.
   public var sender = UnderlayAddress(high: 0, low: 0)
 

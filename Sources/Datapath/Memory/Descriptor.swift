@@ -18,6 +18,8 @@ public struct Descriptor: BitwiseCopyable, Sendable {
   /// ToS or traffic class (DSCP and ECN): the outer header's for a datagram that came in, the inner frame's after
   /// routing.
   public var typeOfService: UInt8
+  /// How a datagram that came in carries its frame; means nothing for a frame from a port.
+  public var encapsulation: Encapsulation
   /// Whether the kernel cut it because it did not fit.
   public var isTruncated: Bool
   /// Equal for all frames of a flow; picks the outer source port.
@@ -39,6 +41,7 @@ public struct Descriptor: BitwiseCopyable, Sendable {
     domain = .none
     sender = UnderlayAddress(high: 0, low: 0)
     typeOfService = 0
+    encapsulation = .vxlan
     isTruncated = false
     flowHash = 0
     trainSegmentBytes = 0

@@ -21,6 +21,14 @@ public struct InterfaceIndex: BitwiseCopyable, Hashable, Sendable, CustomStringC
   public var description: String { self == .none ? "none" : "\(rawValue)" }
 }
 
+/// How frames travel over a link.
+public enum Encapsulation: UInt8, BitwiseCopyable, Sendable, CaseIterable {
+  /// RFC 7348.
+  case vxlan
+  /// The raw frame in UDP, as VNET/P has it.
+  case vnetp
+}
+
 /// A domain, by its place in the domain table (not its VNI).
 public struct DomainIndex: BitwiseCopyable, Hashable, Sendable, CustomStringConvertible {
   public let rawValue: UInt16

@@ -378,7 +378,8 @@ public struct UringIO: ~Copyable, WorkerIO {
       let entry = unsafe entry()
       unsafe clinux_prep_read_multishot(entry, file, Self.bufferGroup)
       unsafe clinux_sqe_finish(entry, fixedFlag, user)
-    case .datagram where features.contains(.multishotReceive):
+    case .vxlan where features.contains(.multishotReceive), .vnetp where features.contains(.multishotReceive),
+      .packet where features.contains(.multishotReceive):
       let entry = unsafe entry()
       unsafe clinux_prep_recvmsg_multishot(entry, file, receiveTemplate, Self.bufferGroup)
       unsafe clinux_sqe_finish(entry, fixedFlag, user)
@@ -387,7 +388,7 @@ public struct UringIO: ~Copyable, WorkerIO {
       unsafe io_uring_prep_read(entry, file, nil, UInt32(FrameMemory.slotBytes), .max)
       unsafe clinux_sqe_select_buffer(entry, Self.bufferGroup)
       unsafe clinux_sqe_finish(entry, fixedFlag, user)
-    case .tap, .datagram:
+    case .tap, .packet, .vxlan, .vnetp:
       armSingle(source, file, user, memory)
     }
   }
@@ -608,7 +609,7 @@ public struct UringIO: ~Copyable, WorkerIO {
   private func describe(_ source: Int, _ slot: Int, _ result: Int, _ memory: borrowing FrameMemory) -> IOEvent {
     var event = IOEvent(.received, source)
     event.slot = UInt32(truncatingIfNeeded: slot)
-    guard sources[source].kind == .datagram else {
+    guard sources[source].kind.isDatagram else {
       event.length = UInt32(truncatingIfNeeded: result)
       event.isTruncated = result >= FrameMemory.slotBytes
       return event
@@ -681,6 +682,8 @@ public struct UringIO: ~Copyable, WorkerIO {
     unsafe clock_gettime(CLOCK_MONOTONIC, &time)
     return UInt64(time.tv_sec) &* 1_000_000_000 &+ UInt64(time.tv_nsec)
   }
+
+  public mutating func wake(_ waker: Int32) { Waker.wake(waker) }
 
   public func yieldProcessor() {
     sched_yield()
