@@ -84,7 +84,7 @@ import Testing
   func buffersComeBackUnderFaults(seed: UInt64) throws {
     var random = SimulatedRandom(seed: seed)
     var plan = SimulatedHost.Plan.mixture(&random)
-    plan.workers = 1
+    plan.roles = [.all]
     let network = SimulatedNetwork(seed: seed, faults: .mixture(&random))
     let hosts = try (0..<plan.hosts).map { try SimulatedHost(network, plan, number: $0) }
     let frame = NumberedFrame(destination: NumberedFrame.broadcast, source: 0x02_0000_0000_0A, flow: 1, number: 0)

@@ -110,7 +110,7 @@ struct ForwarderRun {
           let frame = NumberedFrame(destination: destination, source: sender.mac, flow: flow, number: number)
           let bytes = frame.bytes(count: network.random.number(in: NumberedFrame.bytesMin...300))
           // The guest's kernel keeps a flow on one queue.
-          guard network.inject(bytes, device: device, queue: Int(flow % UInt32(plan.workers))) else { break }
+          guard network.inject(bytes, device: device, queue: Int(flow % UInt32(plan.receivers.count))) else { break }
           numbers[flow] = number + 1
           guests[place].sent += 1
         }
@@ -215,8 +215,7 @@ struct ForwarderRun {
     .copies, .dropUnknownSource, .dropShortHeader, .dropNoVNIFlag, .dropUnknownVNI, .dropOversizedDatagram,
     .dropBadInnerLength, .dropOversizedFrame, .dropInterfaceDown, .dropQueueFull, .dropNoSendOperation, .dropTooBig,
     .dropRefused, .dropSendFailed, .dropShortWrite, .macsLearned, .receiveRearms, .receiveStarved, .laneBlocks,
-    .resends,
-    .modeSwitches,
+    .resends, .modeSwitches, .handedOnFrames, .takenOverFrames, .dropRingFull,
   ]
 
   @Test("without faults nothing is dropped but what has nowhere to go")
@@ -233,7 +232,7 @@ struct ForwarderRun {
   @Test("a slot that the kernel loses is found by the slot audit")
   func lostSlotIsFound() throws {
     var plan = SimulatedHost.Plan()
-    plan.workers = 2
+    plan.roles = [.all, .all]
     let run = try ForwarderRun(seed: 2, faults: Faults.none, plan: plan, planted: .lostSlot)
     #expect(run.plantedCount > 0)
     #expect(

@@ -9,10 +9,15 @@ final class SimulatedHost {
   /// What hosts are like; the same for all hosts of a run.
   struct Plan {
     var hosts = 2
-    var workers = 1
+    /// By worker; one that has all is of the fused layout.
+    var roles: [Roles] = [.all]
+    /// Descriptors that fit on a ring between workers; nil: as many as there are slots.
+    var ringFrames: Int?
     /// Guests of each host in each domain.
     var guests = 1
     var domains = 1
+    var workers: Int { roles.count }
+    var receivers: [Int] { roles.indices.filter { roles[$0].contains(.receive) } }
     /// Source ports, and so lanes, of a link.
     var linkLanes = 2
     var slots = 64
@@ -21,10 +26,18 @@ final class SimulatedHost {
     var isIPv6 = false
     var dispatch = Dispatch.Settings()
 
+    static let layouts: [[Roles]] = [
+      [.all], [.all, .all],
+      [.receive, .route, .transmit],
+      [[.receive, .route], .transmit], [.receive, [.route, .transmit]],
+      [.receive, .receive, .route, .transmit, .transmit], [.receive, .route, .route, .transmit],
+    ]
+
     static func mixture(_ random: inout SimulatedRandom) -> Plan {
       var plan = Plan()
       plan.hosts = random.number(in: 2...3)
-      plan.workers = random.number(in: 1...2)
+      plan.roles = layouts[random.below(layouts.count)]
+      plan.ringFrames = random.chance(0.3) ? random.number(in: 2...16) : nil
       plan.guests = random.number(in: 1...2)
       plan.domains = random.number(in: 1...2)
       plan.linkLanes = random.number(in: 1...3)
@@ -60,8 +73,11 @@ final class SimulatedHost {
     var isStopped = false
     var closingLanes: Set<Int> = []
 
-    init(_ network: SimulatedNetwork, _ plan: Plan, _ view: SnapshotView) throws {
-      mailbox = try Mailbox(controlWaker: -1)
+    init(
+      _ network: SimulatedNetwork, _ plan: Plan, _ view: SnapshotView, _ mailbox: Mailbox, _ wiring: inout Wiring,
+      number: Int
+    ) {
+      self.mailbox = mailbox
       network.addWaker(mailbox.workerWaker)
       commands = mailbox.commands.makeProducer()
       reports = mailbox.reports.makeConsumer()
@@ -74,9 +90,9 @@ final class SimulatedHost {
       settings.domains = plan.domains
       settings.operations = plan.operations
       worker = Worker(
-        io: SimulatedIO(network, chainFramesMax: 16),
-        memory: try FrameMemory(slotCount: plan.slots, hugePages: false), mailbox: mailbox, settings: settings,
-        view: view, workerCounters: counters.writer, underlayCounters: underlay.writer)
+        io: SimulatedIO(network, chainFramesMax: 16), memory: wiring.makeMemory(of: number),
+        joints: wiring.takeJoints(of: number), mailbox: mailbox, settings: settings, view: view,
+        workerCounters: counters.writer, underlayCounters: underlay.writer)
     }
   }
 
@@ -90,7 +106,7 @@ final class SimulatedHost {
   /// All that a worker may still use.
   private var snapshots: [Snapshot] = []
   private var descriptors: [Int32] = []
-  /// Queues by port and worker, sockets by worker.
+  /// Queues by port and receiver, sockets by receiver.
   private var queues: [[Int32]] = []
   private var receivers: [Int32] = []
   private var interfaceBlocks: [[CounterBlock]] = []
@@ -105,11 +121,18 @@ final class SimulatedHost {
     for domain in 0..<plan.domains { tables.append(MACTable(macsMax: 64, seed: UInt64(number * 7 + domain))) }
     snapshots = [try makeSnapshot(version: 1)]
     for port in 0..<plan.portCount {
-      queues.append((0..<plan.workers).map { _ in open(network.openQueue(device: devices[port])) })
+      queues.append(plan.receivers.map { _ in open(network.openQueue(device: devices[port])) })
     }
-    for _ in 0..<plan.workers {
-      receivers.append(open(network.openSocket(plan.address(number), port: 4789)))
-      seats.append(try Seat(network, plan, snapshots[0].view))
+    for _ in plan.receivers { receivers.append(open(network.openSocket(plan.address(number), port: 4789))) }
+    let mailboxes = try plan.roles.map { _ in try Mailbox(controlWaker: -1) }
+    var joining = Wiring.Settings()
+    joining.slots = plan.slots
+    joining.hugePages = false
+    joining.ringFrames = plan.ringFrames
+    joining.batchFrames = 16
+    var wiring = try Wiring(roles: plan.roles, wakers: mailboxes.map(\.workerWaker), settings: joining)
+    for worker in plan.roles.indices {
+      seats.append(Seat(network, plan, snapshots[0].view, mailboxes[worker], &wiring, number: worker))
       interfaceBlocks.append((0..<plan.portCount + plan.hosts - 1).map { _ in CounterBlock() })
       domainBlocks.append((0..<plan.domains).map { _ in CounterBlock() })
     }
@@ -156,7 +179,7 @@ final class SimulatedHost {
       let record = InterfaceRecord(
         .tap, laneFirst: port, laneCount: 1, counters: interfaceBlocks[worker][port].writer)
       send(.addInterface(index, record), to: worker)
-      send(.openLane(port, .tap, interface: index, descriptor: queues[port][worker]), to: worker)
+      openLane(port, at: worker)
       openSource(port, at: worker)
     }
     for (place, peer) in peers.enumerated() {
@@ -165,23 +188,36 @@ final class SimulatedHost {
       let record = InterfaceRecord(
         .vxlan, laneFirst: first, laneCount: plan.linkLanes, counters: interfaceBlocks[worker][index.index].writer)
       send(.addInterface(index, record), to: worker)
-      for lane in first..<first + plan.linkLanes {
+      for lane in first..<first + plan.linkLanes where plan.roles[worker].contains(.transmit) {
         let socket = open(
           network.openSocket(plan.address(number), connectedTo: plan.address(peer), port: 4789))
         let kind: LaneKind = plan.isIPv6 ? .datagramIPv6 : .datagramIPv4
         send(.openLane(lane, kind, interface: index, descriptor: socket), to: worker)
       }
     }
+    openUnderlay(at: worker)
+  }
+
+  private func openUnderlay(at worker: Int) {
+    guard let receiver = plan.receivers.firstIndex(of: worker) else { return }
     send(
       .openSource(
-        1 + plan.portCount, .vxlan, interface: .none, domain: .none, descriptor: receivers[worker]), to: worker)
+        1 + plan.portCount, .vxlan, interface: .none, domain: .none, descriptor: receivers[receiver]), to: worker)
   }
 
   private func openSource(_ port: Int, at worker: Int) {
+    guard let receiver = plan.receivers.firstIndex(of: worker) else { return }
     send(
       .openSource(
         1 + port, .tap, interface: InterfaceIndex(port), domain: DomainIndex(plan.domain(ofPort: port)),
-        descriptor: queues[port][worker]), to: worker)
+        descriptor: queues[port][receiver]), to: worker)
+  }
+
+  /// A worker writes to the queue that it reads, if it reads one.
+  private func openLane(_ port: Int, at worker: Int) {
+    guard plan.roles[worker].contains(.transmit) else { return }
+    let queue = plan.receivers.firstIndex(of: worker) ?? worker % plan.receivers.count
+    send(.openLane(port, .tap, interface: InterfaceIndex(port), descriptor: queues[port][queue]), to: worker)
   }
 
   private func send(_ command: Command, to worker: Int) {
@@ -201,9 +237,7 @@ final class SimulatedHost {
           reportsSeen.append("source \(error)")
           // A device that is still there is opened again; the underlay's socket always is.
           if source == 1 + plan.portCount {
-            send(
-              .openSource(source, .vxlan, interface: .none, domain: .none, descriptor: receivers[number]),
-              to: number)
+            openUnderlay(at: number)
           } else if !network.isGone(device: devices[source - 1]) {
             openSource(source - 1, at: number)
           }
@@ -213,28 +247,44 @@ final class SimulatedHost {
           if seat.closingLanes.insert(lane).inserted { send(.closeLane(lane), to: number) }
         case .laneClosed(let lane) where !isStopping:
           seat.closingLanes.remove(lane)
-          if lane < plan.portCount, !network.isGone(device: devices[lane]) {
-            let index = InterfaceIndex(lane)
-            send(.openLane(lane, .tap, interface: index, descriptor: queues[lane][number]), to: number)
-          }
+          if lane < plan.portCount, !network.isGone(device: devices[lane]) { openLane(lane, at: number) }
         case .adopted(let version):
           adopted[number] = version
+          try haveOthersAdopt()
           let oldest = adopted.min()!
           snapshots.removeAll { $0.version < oldest }
+        case .drained: answered += 1
         default: break
         }
       }
     }
+    if isStopping { drainFurther() }
   }
 
   private lazy var adopted = [UInt64](repeating: 1, count: plan.workers)
+  /// The version that those who do not route were asked to adopt last.
+  private var askedOthers: UInt64 = 1
   private var isStopping = false
+  private var answered = 0
+  /// What the drain is at: stages of workers to drain, then those to stop.
+  private var toDrain: [[Int]] = []
+  private var toStop: [[Int]] = []
 
   /// Publishes a new snapshot of the same state: nothing may be lost by it.
   func publish() throws {
     let snapshot = try makeSnapshot(version: snapshots.last!.version + 1)
     snapshots.append(snapshot)
-    for worker in 0..<plan.workers { send(.adopt(snapshot.view), to: worker) }
+    for worker in 0..<plan.workers where plan.roles[worker].contains(.route) { send(.adopt(snapshot.view), to: worker) }
+  }
+
+  /// Once every router has adopted a snapshot, all others may.
+  private func haveOthersAdopt() throws {
+    let routed = plan.roles.indices.filter { plan.roles[$0].contains(.route) }.map { adopted[$0] }.min()!
+    guard routed > askedOthers, let snapshot = snapshots.first(where: { $0.version == routed }) else { return }
+    askedOthers = routed
+    for worker in 0..<plan.workers where !plan.roles[worker].contains(.route) {
+      send(.adopt(snapshot.view), to: worker)
+    }
   }
 
   /// Makes a guest's memory known to a worker; returns its owner number there.
@@ -243,14 +293,35 @@ final class SimulatedHost {
   /// Hands a worker a frame as a port does that polls a guest's memory.
   func bring(_ descriptor: Descriptor, at worker: Int = 0) { seats[worker].worker.bring(descriptor) }
 
+  /// Receivers first, then routers, then transmitters; stopped the other way round.
   func drain() {
     isStopping = true
-    for worker in 0..<plan.workers { send(.drain, to: worker) }
+    let first: (Roles) -> Int = { $0.contains(.receive) ? 0 : $0.contains(.route) ? 1 : 2 }
+    let stages = (0..<3).map { stage in plan.roles.indices.filter { first(plan.roles[$0]) == stage } }
+      .filter { !$0.isEmpty }
+    toDrain = stages
+    toStop = stages.reversed()
+    for worker in toDrain[0] { send(.drain, to: worker) }
+  }
+
+  private func drainFurther() {
+    if let stage = toDrain.first, answered == stage.count {
+      answered = 0
+      toDrain.removeFirst()
+      for worker in toDrain.first ?? toStop[0] { send(toDrain.isEmpty ? .stop : .drain, to: worker) }
+    } else if toDrain.isEmpty, let stage = toStop.first, stage.allSatisfy({ seats[$0].isStopped }) {
+      toStop.removeFirst()
+      for worker in toStop.first ?? [] { send(.stop, to: worker) }
+    }
   }
 
   var isStopped: Bool { seats.allSatisfy(\.isStopped) }
   func audits() -> [Audit] { seats.map { $0.worker.audit() } }
-  var inFlight: Int { audits().reduce(0) { $0 + Int($1.inFlight) } }
+  /// Frames that wait or are out, and those on the rings between workers.
+  var inFlight: Int {
+    audits().reduce(0) { $0 + Int($1.inFlight) + Int($1.handedOn) - Int($1.takenOver) }
+      + underlay(.handedOnFrames) - underlay(.takenOverFrames)
+  }
 
   /// The sum of a counter over the workers and over the host's ports, its links, or its underlay.
   func ports(_ counter: Counter) -> Int { sum(counter, 0..<plan.portCount) }

@@ -67,9 +67,11 @@ struct CounterReport {
   /// The design's first rule, as it stands: one line.
   var conservation: String {
     func sum(_ part: (Audit) -> UInt64) -> UInt64 { audits.reduce(0) { $0 + ($1.map(part) ?? 0) } }
+    // Workers answer one after the other: what one handed on another may have taken over before it was asked.
+    let inFlight = Int(sum(\.inFlight)) + Int(sum(\.handedOn)) - Int(sum(\.takenOver))
     let sums =
       "received \(sum(\.received)) + copies \(sum(\.copies)) = sent \(sum(\.sent)) + dropped \(sum(\.dropped))"
-      + " + in flight \(sum(\.inFlight))"
+      + " + in flight \(inFlight)"
     if holds { return "conservation: holds: \(sums)" }
     var broken: [String] = []
     for (worker, answer) in audits.enumerated() where answer?.holds != true {

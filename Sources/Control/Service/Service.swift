@@ -228,7 +228,6 @@ public final class Service {
       var settings = WorkerThread.Plan(number: number, cpu: cpu)
       settings.ringEntries = tuning.ringEntries
       settings.slots = tuning.slots
-      settings.hugePages = tuning.hugePages == .off ? .never : tuning.hugePages == .on ? .required : .preferred
       settings.without = tuning.without
       settings.worker.dispatch = tuning.dispatchSettings
       // At least half of the slots may wait for full sockets.
@@ -244,7 +243,18 @@ public final class Service {
       interfaceCounters.append((0..<plan.interfaceCount).map { _ in CounterBlock() })
       domainCounters.append(plan.domains.map { _ in CounterBlock() })
       configure(worker)
-      try worker.start()
+    }
+    var joining = Wiring.Settings()
+    joining.slots = tuning.slots
+    joining.hugePages = tuning.hugePages != .off
+    joining.batchFrames = tuning.batchFrames
+    var wiring = try Wiring(
+      roles: workers.map { _ in .all }, wakers: workers.map(\.waker), settings: joining)
+    for (number, worker) in workers.enumerated() {
+      if tuning.hugePages == .on && !wiring.hasHugePages(number) {
+        throw SystemError(ENOMEM, doing: "map the frame arena in huge pages")
+      }
+      try worker.start(joints: wiring.takeJoints(of: number), memory: wiring.makeMemory(of: number))
     }
     try awaitStart()
     answered = Set(workers.map(\.plan.number))
@@ -344,10 +354,8 @@ public final class Service {
 
   /// Ends the workers that already run when another could not start: they use what this object holds.
   private func abandonWorkers() {
-    for worker in workers where worker.isStarted {
-      worker.send(.drain)
-      worker.join()
-    }
+    for worker in workers where worker.isStarted { worker.send(.stop) }
+    for worker in workers where worker.isStarted { worker.join() }
   }
 
   private func logStart(_ worker: WorkerThread, _ features: UringFeatures, _ hasHugePages: Bool) {
@@ -444,7 +452,7 @@ public final class Service {
     case .laneClosed(let lane):
       if let port = plan.port(ofLane: lane) { closed(port) }
     case .audited: answered.insert(worker.plan.number)
-    case .couldNotStart, .started, .adopted, .stopped:
+    case .couldNotStart, .started, .adopted, .drained, .stopped:
       log.debug("late report", metadata: ["report": "\(report)"])
     }
   }
@@ -506,23 +514,18 @@ public final class Service {
   private func stop() throws {
     log.info("stopping")
     notify.stopping()
-    for worker in workers { worker.send(.drain) }
+    // What a worker hands on must find the next one at work; slots must come back before a receiver counts them.
+    let stages = [workers]
+    for stage in stages {
+      for worker in stage { worker.send(.drain) }
+      waitForReports(stage.count) { report, _ in if case .drained = report { true } else { false } }
+    }
     var audits = [Audit](repeating: Audit(), count: workers.count)
-    var stopped = 0
-    while stopped < workers.count {
-      waitForSomething(milliseconds: 100)
-      if let signal = signals.next(), signal != SIGUSR1 {
-        log.warning("stopped at once, by a second signal")
-        exit(1)
-      }
-      for worker in workers {
-        while let report = worker.nextReport() {
-          switch report {
-          case .audited(let audit): audits[worker.plan.number] = audit
-          case .stopped: stopped += 1
-          default: break
-          }
-        }
+    for stage in stages.reversed() {
+      for worker in stage { worker.send(.stop) }
+      waitForReports(stage.count) { report, worker in
+        if case .audited(let audit) = report { audits[worker.plan.number] = audit }
+        return if case .stopped = report { true } else { false }
       }
     }
     for worker in workers { worker.join() }
@@ -532,6 +535,23 @@ public final class Service {
     for descriptor in underlaySockets.joined() { close(descriptor) }
     for link in links { for descriptor in link.sockets.joined() { close(descriptor) } }
     guard audits.allSatisfy(\.holds) else { throw Failure(description: "frames were lost without a name; see above") }
+  }
+
+  /// Waits until `count` reports are what `isIt` says; a second signal ends the process.
+  private func waitForReports(_ count: Int, _ isIt: (Report, WorkerThread) -> Bool) {
+    var left = count
+    while left > 0 {
+      waitForSomething(milliseconds: 100)
+      if let signal = signals.next(), signal != SIGUSR1 {
+        log.warning("stopped at once, by a second signal")
+        exit(1)
+      }
+      for worker in workers {
+        while let report = worker.nextReport() {
+          if isIt(report, worker) { left -= 1 }
+        }
+      }
+    }
   }
 
   // MARK: Counters

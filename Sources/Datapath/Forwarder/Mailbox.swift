@@ -13,12 +13,18 @@ public enum Command: BitwiseCopyable, Sendable {
   case openLane(Int, LaneKind, interface: InterfaceIndex, descriptor: Int32)
   /// Answered by `.laneClosed`.
   case closeLane(Int)
-  /// Answered by `.adopted`: from then on this worker uses nothing of the snapshot before.
+  /// Answered by `.adopted`: from then on this worker uses nothing of the snapshot before. Control has all routers adopt
+  /// before it asks transmitters: routed frames on the rings may point into the old one.
   case adopt(SnapshotView)
   /// Answered by `.audited`.
   case audit
-  /// Ends all receives, sends what waits, for a bounded time, then stops. Answered by `.audited` and `.stopped`.
+  /// Ends all receives and hands on or sends what waits, for a bounded time. Answered by `.drained`; the worker goes on
+  /// turning. Control drains receivers, then routers, then transmitters: what a worker hands on must find the next one
+  /// at work.
   case drain
+  /// Stops; what still waits is dropped, under its name. Answered by `.audited` and `.stopped`. Control stops
+  /// transmitters, then routers, then receivers: slots must come back before a receiver counts them.
+  case stop
 }
 
 /// What a worker tells control.
@@ -33,16 +39,20 @@ public enum Report: BitwiseCopyable, Sendable {
   case laneClosed(Int)
   case adopted(version: UInt64)
   case audited(Audit)
+  case drained
   case stopped
 }
 
-/// The conservation of frames at one worker at one moment between two turns: received + copies = sent + dropped + in
-/// flight, over all ports and links, for each of them and for each domain; and every slot and send accounted for.
+/// The conservation of frames at one worker at one moment between two turns: received + taken over + copies = sent +
+/// dropped + handed on + in flight, over all ports and links, for each of them and for each domain; and every slot and
+/// send accounted for. What all workers handed on less what all took over is on the rings between them.
 public struct Audit: BitwiseCopyable, Sendable, Equatable {
   public var received: UInt64 = 0
   public var copies: UInt64 = 0
   public var sent: UInt64 = 0
   public var dropped: UInt64 = 0
+  public var takenOver: UInt64 = 0
+  public var handedOn: UInt64 = 0
   public var inFlight: UInt64 = 0
   /// The first interface and the first domain whose own sums do not hold; `.none` where all do.
   public var brokenInterface = InterfaceIndex.none
@@ -56,7 +66,7 @@ public struct Audit: BitwiseCopyable, Sendable, Equatable {
   public init() {}
 
   public var holds: Bool {
-    received + copies == sent + dropped + inFlight && brokenInterface == .none && brokenDomain == .none
+    received + takenOver + copies == sent + dropped + handedOn + inFlight && brokenInterface == .none && brokenDomain == .none
       && underlayHolds && slotsLost == 0 && operationsLost == 0
   }
 }

@@ -11,7 +11,7 @@ import Glibc
 struct ReceiveStage: ~Copyable {
   /// Slots that the kernel holds at most: few, so that they stay warm in the cache; more than a batch, so that none
   /// waits. Measured for the original prototype: 32 to 64 slots beat hundreds.
-  private let postedMax: Int
+  let postedMax: Int
   private var sources: FixedArray<Source>
   private var starvedCount = 0
 
@@ -70,10 +70,6 @@ struct ReceiveStage: ~Copyable {
       io.arm(index, &memory)
     }
   }
-
-  /// Whether a free slot beyond those that receives need is left: what a full socket may hold on to.
-  @inline(__always)
-  func canHoldBack(_ memory: borrowing FrameMemory) -> Bool { memory.freeSlots > postedMax }
 
   /// The kernel ended a receive. Returns what control must be told, if anything.
   mutating func ended(

@@ -52,7 +52,6 @@ struct RouteStage: ~Copyable {
     case .flood:
       let members = router.view.floodSet(domain: descriptor.domain, ingress: descriptor.ingress)
       guard members.targetCount > 0 else { return drop(.dropNoDestination, descriptor, &memory, counters) }
-      counters[descriptor.domain]?.add(.copies, (members.targetCount - 1) * Int(descriptor.wireFrames))
       batch.append(RoutedFrame(descriptor: descriptor, target: .flood(members), vni: vni))
     case .drop(let reason):
       drop(reason, descriptor, &memory, counters)

@@ -66,6 +66,8 @@ struct TransmitStage: ~Copyable {
     case .unicast(let egress):
       enqueue(frame.descriptor, frame.vni, egress, canHoldBack, &memory, counters)
     case .flood(let members):
+      counters[frame.descriptor.domain]?.add(
+        .copies, (members.targetCount - 1) * Int(frame.descriptor.wireFrames))
       memory.hold(frame.descriptor.buffer, adding: members.targetCount - 1)
       for place in 0..<members.count where members[place] != frame.descriptor.ingress {
         enqueue(frame.descriptor, frame.vni, members[place], canHoldBack, &memory, counters)

@@ -1,14 +1,18 @@
 import CLinux
 import Glibc
 
-/// One worker of the fused layout: it runs the three stages in turn over the same batch, to completion.
+/// One worker: it runs the stages of its roles in turn over the same batch. In the fused layout these are all three, to
+/// completion; in the pipeline layout a ring to or from a neighbour stands where the next or the last stage is another
+/// worker's.
 ///
 /// The way of a frame, once a turn:
 /// 1. `collect`: the kernel takes the sends of the last turn and says what happened: one call a batch.
 /// 2. receive: filled slots become descriptors; chains of sends that are over give their slots back.
 /// 3. route: each frame gets its target.
 /// 4. transmit: frames join their lanes; each lane's queue becomes one chain of sends, submitted by the next `collect`.
-/// 5. Free slots are posted again, commands of control carried out, and the clock decides how the next turn waits.
+/// 5. Slots go back to the neighbours whose they are, free slots are posted again, commands of control carried out, and
+///    the clock decides how the next turn waits.
+/// Between 2 and 3, and between 3 and 4, frames are handed on to a neighbour, or taken over from one.
 ///
 /// One thread owns it, from the moment it is made there. Control talks to it through its mailbox alone. Nothing is
 /// allocated, locked or logged in a turn.
@@ -28,6 +32,12 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   private var receive: ReceiveStage
   private var route: RouteStage
   private var transmit: TransmitStage
+  private let roles: Roles
+  private var joints: Joints
+  /// What goes on to one neighbour in this turn.
+  private var descriptorsOut: DescriptorBatch
+  private var routedOut: RoutedBatch
+  private var slotsBack: Batch<UInt32>
 
   private var dispatch: Dispatch
   private var wait = Wait.sweep
@@ -43,7 +53,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   /// Slots that were still posted after the last receive ended, at the end of a drain.
   private var slotsNotTakenBack = 0
 
-  private enum State { case running, draining, stopped }
+  private enum State { case running, draining, drained, stopped }
 
   /// The sends that wait or are out, as `audit` counted them last.
   private struct InFlight: ~Copyable {
@@ -71,10 +81,11 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   /// - Parameters:
   ///   - io: made on this thread.
   ///   - memory: this worker's alone from now on.
+  ///   - joints: what joins it with its neighbours; nil in the fused layout.
   ///   - view: the first snapshot.
   public init(
-    io: consuming IO, memory: consuming FrameMemory, mailbox: Mailbox, settings: Settings, view: SnapshotView,
-    workerCounters: CounterBlock.Writer, underlayCounters: CounterBlock.Writer
+    io: consuming IO, memory: consuming FrameMemory, joints: consuming Joints? = nil, mailbox: Mailbox,
+    settings: Settings, view: SnapshotView, workerCounters: CounterBlock.Writer, underlayCounters: CounterBlock.Writer
   ) {
     let now = io.now()
     startNanoseconds = settings.epochNanoseconds ?? now
@@ -86,6 +97,13 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     inFlight = InFlight(
       byInterface: FixedArray(repeating: 0, count: settings.interfaces),
       byDomain: FixedArray(repeating: 0, count: settings.domains))
+    let joints = joints ?? Joints.alone(waker: mailbox.workerWaker)
+    roles = joints.roles
+    let hasNeighbours = roles != .all
+    descriptorsOut = DescriptorBatch(capacity: hasNeighbours ? Self.eventsMax : 0)
+    routedOut = RoutedBatch(capacity: hasNeighbours ? Self.eventsMax : 0)
+    slotsBack = Batch(capacity: hasNeighbours ? Self.eventsMax : 0, filler: 0)
+    self.joints = joints
     receive = ReceiveStage(sourceCount: settings.sources, postedMax: settings.postedSlots)
     route = RouteStage(view)
     transmit = TransmitStage(laneCount: settings.lanes, operationCount: settings.operations)
@@ -110,10 +128,11 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   public mutating func turn() -> Bool {
     // 1.
     events.removeAll()
-    io.collect(wait, &memory, into: &events)
+    collect()
 
     // 2.
     received.removeAll()
+    routed.removeAll()
     var isWoken = false
     for place in 0..<events.count {
       let event = events[place]
@@ -128,20 +147,24 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
         io.arm(Int(event.index), &memory)
       }
     }
+    if roles != .all { exchange() }
 
-    // 3. and 4.
-    routed.removeAll()
-    for place in 0..<received.count {
-      route.route(received[place], nowSeconds: nowSeconds, &memory, counters, into: &routed)
+    // 3.
+    if roles.contains(.route) {
+      for place in 0..<received.count {
+        route.route(received[place], nowSeconds: nowSeconds, &memory, counters, into: &routed)
+      }
     }
-    let canHoldBack = receive.canHoldBack(memory)
-    for place in 0..<routed.count { transmit.transmit(routed[place], canHoldBack: canHoldBack, &memory, counters) }
-    transmit.flush(&io, counters)
+    if !roles.contains(.transmit) { handOnRouted() }
+
+    // 4.
+    if roles.contains(.transmit) { send() }
 
     // 5.
+    if roles != .all { giveBack() }
     receive.replenish(&io, &memory)
     if isWoken { carryOutCommands() }
-    settle(isIdle: events.count == 0)
+    settle(isIdle: events.count == 0 && received.count == 0 && routed.count == 0)
     return state != .stopped
   }
 
@@ -151,13 +174,129 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     counters.countIn(descriptor)
     routed.removeAll()
     route.route(descriptor, nowSeconds: nowSeconds, &memory, counters, into: &routed)
-    let canHoldBack = receive.canHoldBack(memory)
-    for place in 0..<routed.count { transmit.transmit(routed[place], canHoldBack: canHoldBack, &memory, counters) }
-    transmit.flush(&io, counters)
+    send()
   }
 
   /// Makes a foreign memory known before its frames are brought; returns its owner number.
   public mutating func adopt(_ foreign: ForeignMemory.Reference) -> Int { memory.adopt(foreign) }
+
+  @inline(__always)
+  private mutating func send() {
+    let canHoldBack = canHoldBack
+    for place in 0..<routed.count { transmit.transmit(routed[place], canHoldBack: canHoldBack, &memory, counters) }
+    transmit.flush(&io, counters)
+  }
+
+  /// Whether slots beyond those that receives need are left, here and at each neighbour whose slots wait here: what a
+  /// full socket may hold on to.
+  @inline(__always)
+  private var canHoldBack: Bool {
+    if roles.contains(.receive) { return memory.freeSlots > receive.postedMax }
+    for neighbour in 0..<memory.neighbourCount where memory.takenCount(of: neighbour) > joints.holdBackMax {
+      return false
+    }
+    return true
+  }
+
+  // MARK: Neighbours
+
+  /// Waits as the last turn decided. A worker that neighbours push to first says that it may sleep, then looks a last
+  /// time whether something is there.
+  @inline(__always)
+  private mutating func collect() {
+    var wait = wait
+    // A receiver is woken by its neighbours only when it lacks slots.
+    guard roles != .all, wait != .sweep, !roles.contains(.receive) || memory.postedCount < receive.postedMax else {
+      return io.collect(wait, &memory, into: &events)
+    }
+    joints.bell.hang()
+    if !joints.fromReceivers.isEmpty() || !joints.fromRouters.isEmpty() || !joints.comesBack.isEmpty() { wait = .sweep }
+    io.collect(wait, &memory, into: &events)
+    joints.bell.takeDown()
+  }
+
+  /// Takes slots and frames off the rings; hands on what was received, where routing is another's.
+  private mutating func exchange() {
+    slotsBack.removeAll()
+    joints.comesBack.take(slotsBack.capacity, into: &slotsBack)
+    for place in 0..<slotsBack.count { memory.comeBack(Int(slotsBack[place])) }
+    guard !roles.contains(.receive) else {
+      if !roles.contains(.route) { handOnReceived() }
+      return
+    }
+    joints.fromReceivers.take(joints.batchFrames, into: &received)
+    for place in 0..<received.count {
+      memory.takeOver(received[place].buffer)
+      counters.countTakenOver(received[place])
+    }
+    joints.fromRouters.take(joints.batchFrames, into: &routed)
+    for place in 0..<routed.count {
+      memory.takeOver(routed[place].descriptor.buffer)
+      counters.countTakenOver(routed[place].descriptor)
+    }
+  }
+
+  /// To one router all that came from one port, or from one sender of datagrams: so each flow stays in order.
+  private mutating func handOnReceived() {
+    let neighbours = joints.toRouters.count
+    for neighbour in 0..<neighbours {
+      descriptorsOut.removeAll()
+      let room = joints.toRouters[neighbour].room(for: received.count)
+      for place in 0..<received.count {
+        var descriptor = received[place]
+        let key = descriptor.ingress == .none ? Int(descriptor.sender.low & 0xFFFF) : descriptor.ingress.index
+        guard neighbours == 1 || key % neighbours == neighbour else { continue }
+        if descriptorsOut.count < room {
+          counters.countHandedOn(descriptor)
+          descriptor.buffer = memory.handOn(descriptor.buffer, from: joints.number)
+          descriptorsOut.append(descriptor)
+        } else {
+          dropForFullRing(descriptor)
+        }
+      }
+      guard descriptorsOut.count > 0 else { continue }
+      if joints.toRouters[neighbour].push(descriptorsOut, &io) { counters.worker.add(.neighbourWakes) }
+    }
+  }
+
+  /// To one transmitter all frames of a flow.
+  private mutating func handOnRouted() {
+    let neighbours = joints.toTransmitters.count
+    for neighbour in 0..<neighbours {
+      routedOut.removeAll()
+      let room = joints.toTransmitters[neighbour].room(for: routed.count)
+      for place in 0..<routed.count {
+        var frame = routed[place]
+        // The upper bits of the product: lanes are picked by the hash's lower ones.
+        let chosen = UInt64(frame.descriptor.flowHash) * UInt64(neighbours) >> 32
+        guard neighbours == 1 || chosen == UInt64(neighbour) else { continue }
+        if routedOut.count < room {
+          counters.countHandedOn(frame.descriptor)
+          frame.descriptor.buffer = memory.handOn(frame.descriptor.buffer, from: joints.number)
+          routedOut.append(frame)
+        } else {
+          dropForFullRing(frame.descriptor)
+        }
+      }
+      guard routedOut.count > 0 else { continue }
+      if joints.toTransmitters[neighbour].push(routedOut, &io) { counters.worker.add(.neighbourWakes) }
+    }
+  }
+
+  private mutating func dropForFullRing(_ descriptor: Descriptor) {
+    if descriptor.ingress == .none {
+      counters.underlay.add(.dropRingFull, Int(descriptor.wireFrames))
+    } else {
+      counters.countDrop(.dropRingFull, descriptor, at: descriptor.ingress)
+    }
+    memory.release(descriptor.buffer)
+  }
+
+  private mutating func giveBack() {
+    for place in 0..<joints.givesBack.count where joints.givesBack[place].flush(&memory, &io) {
+      counters.worker.add(.neighbourWakes)
+    }
+  }
 
   // MARK: The end of a turn
 
@@ -166,8 +305,8 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     let now = io.now()
     nowSeconds = UInt32(truncatingIfNeeded: (now &- startNanoseconds) / 1_000_000_000 &+ 1)
     count()
-    if state == .draining { return drainFurther(now) }
-    let (wait, yields) = dispatch.next(now: now, frames: received.count, didWork: !isIdle)
+    if state != .running { return drainFurther(now) }
+    let (wait, yields) = dispatch.next(now: now, frames: frames, didWork: !isIdle)
     self.wait = wait
     if yields { io.yieldProcessor() }
     if dispatch.isPolling != wasPolling {
@@ -175,6 +314,10 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
       counters.worker.add(.modeSwitches)
     }
   }
+
+  /// Frames that this turn was about.
+  @inline(__always)
+  private var frames: Int { roles.isDisjoint(with: [.receive, .route]) ? routed.count : received.count }
 
   @inline(__always)
   private mutating func count() {
@@ -184,7 +327,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     counters.worker.add(.completions, statistics.completions)
     if statistics.overflows > 0 { counters.worker.add(.completionOverflows, statistics.overflows) }
     if statistics.sleeps > 0 { counters.worker.add(.sleeps, statistics.sleeps) }
-    if received.count > 0 { counters.worker.add(Counter.batchBucket(received.count)) }
+    if frames > 0 { counters.worker.add(Counter.batchBucket(frames)) }
   }
 
   // MARK: Control
@@ -213,10 +356,29 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
         report(transmit.beginClose(lane, .dropInterfaceDown, &io, &memory, counters))
       case .adopt(let view):
         route.adopt(view)
+        if !roles.contains(.route) { sendWhatIsOnRings() }
         report(.adopted(version: view.version))
       case .audit: report(.audited(audit()))
       case .drain: beginDrain()
+      case .stop: stop()
       }
+    }
+  }
+
+  /// Frames that were routed by an older snapshot may point into it: they leave the rings before this worker says that
+  /// it uses nothing of it any more. Control has routers adopt first, so all of them are on the rings now.
+  private mutating func sendWhatIsOnRings() {
+    var left = joints.fromRouters.capacity
+    while left > 0 {
+      routed.removeAll()
+      joints.fromRouters.take(left, into: &routed)
+      guard routed.count > 0 else { return }
+      left -= routed.count
+      for place in 0..<routed.count {
+        memory.takeOver(routed[place].descriptor.buffer)
+        counters.countTakenOver(routed[place].descriptor)
+      }
+      send()
     }
   }
 
@@ -227,17 +389,30 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     for source in 0..<receive.sourceCount where !receive.isWaker(source) { _ = receive.close(source, &io) }
   }
 
-  /// Receives have been cancelled; sends go on until none is left or the time is up.
+  /// Receives have been cancelled; what is there is handed on or sent, until none is left or the time is up.
   private mutating func drainFurther(_ now: UInt64) {
-    wait = .atMost(nanoseconds: 10_000_000)
+    wait = .atMost(nanoseconds: 1_000_000)
+    guard state == .draining else { return }
     let isLate = now &- drainStart > Self.drainNanosecondsMax
-    guard receive.openCount == 0 || isLate, transmit.inFlight == 0 || isLate else { return }
+    let isEmpty = joints.fromReceivers.isEmpty() && joints.fromRouters.isEmpty()
+    guard receive.openCount == 0 && transmit.inFlight == 0 && isEmpty || isLate else { return }
+    state = .drained
+    report(.drained)
+  }
+
+  private mutating func stop() {
     for lane in 0..<transmit.laneCount { _ = transmit.beginClose(lane, .dropStopped, &io, &memory, counters) }
-    // With no receive left the kernel has no slot left either: one that does not come back now was lost.
-    if receive.openCount == 0 {
-      io.takeBackSlots(&memory)
-      slotsNotTakenBack = memory.postedCount
+    giveBack()
+    slotsBack.removeAll()
+    while roles != .all, !joints.comesBack.isEmpty() {
+      slotsBack.removeAll()
+      joints.comesBack.take(slotsBack.capacity, into: &slotsBack)
+      for place in 0..<slotsBack.count { memory.comeBack(Int(slotsBack[place])) }
     }
+    // With no receive left the kernel has no slot left either, and neighbours have stopped: a slot that does not come
+    // back now was lost.
+    if receive.openCount == 0 { io.takeBackSlots(&memory) }
+    slotsNotTakenBack = (receive.openCount == 0 ? memory.postedCount : 0) + memory.handedOnCount
     report(.audited(audit()))
     state = .stopped
     report(.stopped)
@@ -272,12 +447,17 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
       let copies = block.value(.copies)
       result.copies += copies
       let accounted = block.value(.outFrames) + dropSums(block).all + UInt64(inFlight.byDomain[index])
-      if block.value(.inFrames) + copies != accounted, result.brokenDomain == .none {
+      let arrived = block.value(.inFrames) + block.value(.takenOverFrames) + copies
+      if arrived != accounted + block.value(.handedOnFrames), result.brokenDomain == .none {
         result.brokenDomain = DomainIndex(index)
       }
     }
     let underlay = counters.underlay
-    result.underlayHolds = underlay.value(.inFrames) == linksIn + dropSums(underlay).all
+    result.underlayHolds =
+      underlay.value(.inFrames) + underlay.value(.takenOverFrames)
+      == linksIn + dropSums(underlay).all + underlay.value(.handedOnFrames)
+    result.handedOn = counters.worker.value(.handedOnFrames)
+    result.takenOver = counters.worker.value(.takenOverFrames)
     return result
   }
 
@@ -289,9 +469,9 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     transmit.forEachInFlight { egress, descriptor in
       let frames = UInt32(descriptor.wireFrames)
       inFlight.frames += Int(frames)
-      if descriptor.buffer.owner == 0 { inFlight.slots += 1 }
+      if !descriptor.buffer.isForeign { inFlight.slots += 1 }
       inFlight.byInterface[egress.index] += frames
-      inFlight.byDomain[descriptor.domain.index] += frames
+      if descriptor.domain != .none { inFlight.byDomain[descriptor.domain.index] += frames }
     }
   }
 

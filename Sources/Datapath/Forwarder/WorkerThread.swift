@@ -3,19 +3,17 @@ import Glibc
 
 /// A worker on a pinned thread of its own, and the end of its mailbox that control holds.
 ///
-/// Memory, ring and worker are made on that thread: so the pages are near its core, and the ring has its one submitter.
+/// Ring and worker are made on that thread, so the ring has its one submitter; the memory is touched there first, so its
+/// pages are near that core.
 /// Control's side is used by one thread.
 public final class WorkerThread: @unchecked Sendable {
   public struct Plan: Sendable {
-    public enum HugePages: Sendable { case never, preferred, required }
-
     public var number: Int
     /// The CPU to stay on.
     public var cpu: Int
     public var worker = Worker<UringIO>.Settings()
     public var ringEntries = 512
     public var slots = 1_024
-    public var hugePages = HugePages.preferred
     public var without: UringFeatures = []
 
     public init(number: Int, cpu: Int) {
@@ -33,6 +31,8 @@ public final class WorkerThread: @unchecked Sendable {
   private var reports: SPSCRing<Report>.Consumer
   /// Kept alive here until the worker has adopted it.
   private let firstSnapshot: Snapshot
+  private var joints: Joints?
+  private var memory: FrameMemory?
   private var thread = pthread_t()
   /// Whether there is a thread to join.
   public private(set) var isStarted = false
@@ -51,8 +51,16 @@ public final class WorkerThread: @unchecked Sendable {
     underlayCounters = CounterBlock()
   }
 
+  /// The eventfd that wakes the worker.
+  public var waker: Int32 { mailbox.workerWaker }
+
   /// Starts the thread. Its first report is `.started` or `.couldNotStart`.
-  public func start() throws(SystemError) {
+  /// - Parameters:
+  ///   - joints: what joins it with its neighbours.
+  ///   - memory: of the same wiring.
+  public func start(joints: consuming Joints, memory: consuming FrameMemory) throws(SystemError) {
+    self.joints = consume joints
+    self.memory = consume memory
     let context = unsafe Unmanaged.passRetained(self).toOpaque()
     let error = unsafe pthread_create(
       &thread, nil,
@@ -92,6 +100,11 @@ public final class WorkerThread: @unchecked Sendable {
     unsafe clinux_set_thread_name("vnetr-worker-\(plan.number)")
     let pinned = ProcessorSet([plan.cpu]).pinThisThread()
     guard pinned == 0 else { return fail(pinned) }
+    var joints: Joints?
+    var memory: FrameMemory?
+    swap(&joints, &self.joints)
+    swap(&memory, &self.memory)
+    guard let joints, let memory else { preconditionFailure("a worker's thread starts once") }
     do throws(SystemError) {
       let limits = UringIO.Limits(
         entries: plan.ringEntries, slots: plan.slots, posted: plan.worker.postedSlots, sources: plan.worker.sources,
@@ -100,13 +113,9 @@ public final class WorkerThread: @unchecked Sendable {
       var settings = plan.worker
       // One receive at a time takes a slot for each source before anything has come.
       if !io.features.contains(.bufferRing) { settings.postedSlots += settings.sources }
-      let memory = try FrameMemory(slotCount: plan.slots, hugePages: plan.hugePages != .never)
-      if plan.hugePages == .required && !memory.hasHugePages {
-        throw SystemError(ENOMEM, doing: "map the frame arena in huge pages")
-      }
       let started = Report.started(features: io.features.rawValue, hasHugePages: memory.hasHugePages)
       var worker = Worker(
-        io: io, memory: memory, mailbox: mailbox, settings: settings, view: firstSnapshot.view,
+        io: io, memory: memory, joints: joints, mailbox: mailbox, settings: settings, view: firstSnapshot.view,
         workerCounters: counters.writer, underlayCounters: underlayCounters.writer)
       worker.report(started)
       worker.run()

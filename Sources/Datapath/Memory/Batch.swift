@@ -29,6 +29,11 @@ public struct Batch<Element: BitwiseCopyable>: ~Copyable {
 
   @inlinable
   public mutating func removeAll() { used = 0 }
+
+  /// The items from `start` on.
+  @inlinable
+  @_lifetime(borrow self)
+  public func span(from start: Int = 0) -> Span<Element> { items.span(from: start, count: used - start) }
 }
 
 public typealias DescriptorBatch = Batch<Descriptor>

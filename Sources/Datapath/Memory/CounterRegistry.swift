@@ -10,6 +10,8 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
   case offeredFrames
   /// Extra sends of a flood: a frame sent to n places is n - 1 copies.
   case copies
+  /// Frames, or datagrams of the underlay, that went from one worker to the next.
+  case handedOnFrames, takenOverFrames
 
   // Drops on the way in from the underlay.
   case dropUnknownSource, dropShortHeader, dropNoVNIFlag, dropReservedBits, dropUnknownVNI
@@ -18,6 +20,8 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
   case dropRunt, dropOversizedFrame, dropBadOffload
   // Drops by routing.
   case dropBadSource, dropSameInterface, dropSplitHorizon, dropNoDestination
+  // Drops between workers.
+  case dropRingFull
   // Drops on the way out.
   case dropInterfaceDown, dropQueueFull, dropNoSendOperation, dropTooBig, dropRefused, dropUnreachable, dropSendFailed
   case dropShortWrite
@@ -30,7 +34,7 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
   case macsLearned, macMoves, macFreezes, macFrozenFrames, macLimitFrames, macsAged
 
   // Workers.
-  case enters, completions, turns, sleeps, wakeups, commands
+  case enters, completions, turns, sleeps, wakeups, neighbourWakes, commands
   case batches1, batches2to3, batches4to7, batches8to15, batches16to31, batches32to63, batches64up
   case receiveRearms, receiveStarved, completionOverflows
   case sendChains, laneBlocks, resends
@@ -82,6 +86,14 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
       define(
         "offered_frames", [.port, .link], "Routed to this interface: sent, dropped on the way out, or in flight.")
     case .copies: define("copies", [.domain], "Copies that floods made: a frame sent to n places adds n - 1.")
+    case .handedOnFrames:
+      define(
+        "handed_on_frames", [.underlay, .domain, .worker],
+        "Frames that a worker handed on to the next (layout pipeline); for the underlay, datagrams.")
+    case .takenOverFrames:
+      define(
+        "taken_over_frames", [.underlay, .domain, .worker],
+        "Frames that a worker took over from the one before: handed_on_frames less those on a ring now.")
 
     case .dropUnknownSource:
       define("drop_unknown_source", [.underlay], "The datagram's source address is no configured link's.")
@@ -124,6 +136,10 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
       define(
         "drop_no_destination", [.port, .link, .domain],
         "A flood in a domain that has no other member, or a frame of an interface that just left its domain.")
+    case .dropRingFull:
+      define(
+        "drop_ring_full", [.underlay, .port, .link, .domain],
+        "The ring to the next worker was full: that worker is overloaded, and ring_frames is less than slots.")
     case .dropInterfaceDown:
       define("drop_interface_down", egress, "The port's device or the link's socket is gone or down.")
     case .dropQueueFull:
@@ -166,7 +182,9 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     case .completions: define("completions", [.worker], "Completions handled.", unit: "completions")
     case .turns: define("turns", [.worker], "Turns of the run loop.", unit: "turns")
     case .sleeps: define("sleeps", [.worker], "Turns that slept in the kernel.", unit: "turns")
-    case .wakeups: define("wakeups", [.worker], "Wake-ups by control.", unit: "wake-ups")
+    case .wakeups: define("wakeups", [.worker], "Wake-ups by control and by neighbours.", unit: "wake-ups")
+    case .neighbourWakes:
+      define("neighbour_wakes", [.worker], "Sleeping neighbours that this worker woke.", unit: "wake-ups")
     case .commands: define("commands", [.worker], "Commands of control carried out.", unit: "commands")
     case .batches1: define("batches_1", [.worker], "Turns that received 1 frame.", unit: "turns")
     case .batches2to3: define("batches_2_3", [.worker], "Turns that received 2 to 3 frames.", unit: "turns")

@@ -66,7 +66,8 @@ public struct OffloadFields: BitwiseCopyable, Sendable, Equatable {
   public var isPlain: Bool { flags == 0 && segmentationType == 0 }
 }
 
-/// A buffer by its owner and its place there: a slot of the worker's arena (owner 0) or a chain of foreign memory.
+/// A buffer by its owner and its place there: a slot of the worker's own arena (owner 0) or of a neighbour's, or a chain
+/// of foreign memory. Owner numbers are a worker's own: `FrameMemory.handOn` names a buffer for the next.
 public struct BufferReference: BitwiseCopyable, Hashable, Sendable {
   public let owner: UInt16
   public let index: UInt32
@@ -78,4 +79,7 @@ public struct BufferReference: BitwiseCopyable, Hashable, Sendable {
   }
   @inline(__always)
   public init(slot: Int) { self.init(owner: 0, index: slot) }
+
+  @inline(__always)
+  public var isForeign: Bool { owner != 0 && owner < FrameMemory.neighbourOwnerFirst }
 }

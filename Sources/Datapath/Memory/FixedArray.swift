@@ -49,4 +49,13 @@ public struct FixedArray<Element: BitwiseCopyable>: ~Copyable, @unchecked Sendab
     let span = unsafe Span(_unsafeStart: base + start, count: length)
     return unsafe _overrideLifetime(span, borrowing: self)
   }
+
+  /// The same, writable.
+  @inlinable @inline(always)
+  @_lifetime(&self)
+  public mutating func mutableSpan(from start: Int = 0, count length: Int) -> MutableSpan<Element> {
+    precondition(start >= 0 && length >= 0 && length <= count - start, "span out of range")
+    let span = unsafe MutableSpan(_unsafeStart: base + start, count: length)
+    return unsafe _overrideLifetime(span, mutating: &self)
+  }
 }

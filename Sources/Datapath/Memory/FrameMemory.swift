@@ -1,32 +1,33 @@
 import CLinux
 import Glibc
 
-/// The buffers of one worker: the arena of slots that the kernel receives into, and memory of others (a guest's) that
-/// its descriptors may name. One worker uses it; nobody else touches it after start.
+/// The buffers that one worker works with: its own arena of slots that the kernel receives into; slots of neighbours
+/// that handed frames on to it; and memory of others (a guest's) that its descriptors may name. One worker uses it;
+/// nobody else touches it after start.
 ///
 /// Every buffer is free, posted (the kernel may write to it), or held with the count of sends still out. A flood to
-/// n places holds n; a buffer returns to its owner when the count is zero: a slot to the free list, a foreign buffer
-/// to its port's list of returned ones. An operation that does not fit the state traps: it is a bug of ours and would
-/// end in one frame overwriting another.
+/// n places holds n; a buffer returns to its owner when the count is zero: a slot to the free list, a neighbour's slot
+/// to the batch of `returned` ones, a foreign buffer to its port's list. A slot that was handed on to a neighbour stays
+/// held, once, until the neighbour returns it. An operation that does not fit the state traps: it is a bug of ours and
+/// would end in one frame overwriting another.
 @safe
 public struct FrameMemory: ~Copyable, @unchecked Sendable {
-  /// Bytes before a received frame: the kernel's header of a multishot recvmsg (16), the sender's address (28) and
-  /// control messages (64) come first in the same slot, or a virtio header (12).
-  public static let headroomBytes = 128
-  /// The longest frame or datagram that a slot takes, headroom not counted.
-  public static let payloadBytesMax = 65_536
-  /// An odd multiple of 64 bytes: the starts of successive slots then fall into different cache sets.
-  public static let slotStrideBytes = headroomBytes + payloadBytesMax + 64
+  public static var headroomBytes: Int { FrameArena.headroomBytes }
+  public static var payloadBytesMax: Int { FrameArena.payloadBytesMax }
+  public static var slotBytes: Int { FrameArena.slotBytes }
+  public static var slotStrideBytes: Int { FrameArena.slotStrideBytes }
   /// Foreign memories that one worker can know: one for each vhost-user or memory port.
   public static let foreignOwnersMax = 64
+  /// The owner number of worker 0's slots at its neighbours; worker n's is n more. 0 is always one's own arena, then
+  /// come foreign memories.
+  public static let neighbourOwnerFirst = 1 + foreignOwnersMax
 
   private static var postedMark: UInt16 { 0xFFFF }
 
-  private let base: UnsafeMutableRawPointer
-  private let mappedBytes: Int
-  public let slotCount: Int
-  /// Whether the kernel gave huge pages.
-  public let hasHugePages: Bool
+  private let arena: FrameArena
+  private let own: FrameArena.View
+  public var slotCount: Int { own.slotCount }
+  public var hasHugePages: Bool { arena.hasHugePages }
 
   /// The state of each slot: 0 free, `postedMark`, or the count of sends still out.
   private var states: FixedArray<UInt16>
@@ -34,6 +35,8 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
   private var free: FixedArray<UInt32>
   private var freeCount: Int
   public private(set) var postedCount = 0
+  /// Slots that neighbours have.
+  public private(set) var handedOnCount = 0
 
   private var foreign: FixedArray<ForeignOwner>
   private var foreignCount = 0
@@ -42,40 +45,56 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
     var memory: ForeignMemory.Reference
   }
 
-  /// - Parameters:
-  ///   - slotCount: slots; each takes `slotStrideBytes` of address space, of memory only what is touched.
-  ///   - hugePages: whether to ask for them; without any free the arena uses ordinary pages.
-  /// - Throws: `ENOMEM` where the address space is used up.
-  public init(slotCount: Int, hugePages: Bool = true) throws(SystemError) {
-    precondition(slotCount > 0 && slotCount < Int(UInt32.max))
-    let hugePageBytes = 2 << 20
-    let bytes = (slotCount * Self.slotStrideBytes + hugePageBytes - 1) / hugePageBytes * hugePageBytes
-    let protection = PROT_READ | PROT_WRITE
-    let flags = MAP_PRIVATE | MAP_ANONYMOUS
-    var mapped = unsafe hugePages ? mmap(nil, bytes, protection, flags | MAP_HUGETLB, -1, 0) : MAP_FAILED
-    hasHugePages = unsafe mapped != MAP_FAILED
-    if unsafe mapped == MAP_FAILED {
-      unsafe mapped = unsafe mmap(nil, bytes, protection, flags | MAP_NORESERVE, -1, 0)
-      guard unsafe mapped != MAP_FAILED else { throw SystemError(errno, doing: "map the frame arena") }
-      if hugePages { _ = unsafe madvise(mapped, bytes, MADV_HUGEPAGE) }
-    }
-    unsafe base = mapped!
-    mappedBytes = bytes
-    self.slotCount = slotCount
-    states = FixedArray(repeating: 0, count: slotCount)
-    free = FixedArray(repeating: 0, count: slotCount)
-    for index in 0..<slotCount { free[index] = UInt32(slotCount - 1 - index) }
-    freeCount = slotCount
-    // Owner 0 is the arena itself.
-    foreign = FixedArray(repeating: ForeignOwner(memory: .none), count: Self.foreignOwnersMax + 1)
+  /// By worker number; empty in the fused layout.
+  private var neighbours: FixedArray<Neighbour>
+  private let neighbourArenas: [FrameArena?]
+  /// Sends beyond the first that are still out for each slot of each neighbour.
+  private var furtherHolds: FixedArray<UInt16>
+  /// Slots of neighbours to give back, in one run for each.
+  private var returned: FixedArray<UInt32>
+
+  struct Neighbour: BitwiseCopyable {
+    var view: FrameArena.View
+    /// Where its slots start in `furtherHolds` and `returned`.
+    var start: Int
+    var returnedCount = 0
+    /// Slots of it that this worker has.
+    var takenCount = 0
   }
 
-  deinit {
-    unsafe munmap(base, mappedBytes)
+  /// - Parameters:
+  ///   - arena: this worker's alone to receive into.
+  ///   - neighbours: by worker number the arenas of those whose frames come to this worker.
+  public init(arena: FrameArena, neighbours arenas: [FrameArena?] = []) {
+    self.arena = arena
+    own = arena.view
+    states = FixedArray(repeating: 0, count: own.slotCount)
+    free = FixedArray(repeating: 0, count: own.slotCount)
+    for index in 0..<own.slotCount { free[index] = UInt32(own.slotCount - 1 - index) }
+    freeCount = own.slotCount
+    foreign = FixedArray(repeating: ForeignOwner(memory: .none), count: Self.foreignOwnersMax + 1)
+    neighbourArenas = arenas
+    neighbours = FixedArray(repeating: Neighbour(view: .none, start: 0), count: arenas.count)
+    var slots = 0
+    for (number, arena) in arenas.enumerated() {
+      guard let arena else { continue }
+      neighbours[number] = Neighbour(view: arena.view, start: slots)
+      slots += arena.slotCount
+    }
+    furtherHolds = FixedArray(repeating: 0, count: slots)
+    returned = FixedArray(repeating: 0, count: slots)
+  }
+
+  /// A worker's memory where no neighbour is.
+  /// - Throws: `ENOMEM` where the address space is used up.
+  public init(slotCount: Int, hugePages: Bool = true) throws(SystemError) {
+    precondition(slotCount > 0)
+    self.init(arena: try FrameArena(slotCount: slotCount, hugePages: hugePages))
   }
 
   // MARK: Ownership
 
+  /// Slots of one's own that are held, those that neighbours have included.
   public var heldCount: Int { slotCount - freeCount - postedCount }
   public var freeSlots: Int { freeCount }
 
@@ -86,12 +105,19 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
     return idle - freeCount
   }
 
-  /// The sends that all held slots wait for.
+  /// The sends that all held slots wait for, neighbours' included, one's own that neighbours have not.
   public var holdsTotal: Int {
-    var total = 0
+    var total = -handedOnCount
     for slot in 0..<slotCount where states[slot] != Self.postedMark { total += Int(states[slot]) }
+    for number in 0..<neighbours.count { total += neighbours[number].takenCount - neighbours[number].returnedCount }
+    for place in 0..<furtherHolds.count { total += Int(furtherHolds[place]) }
     return total
   }
+
+  /// Slots of a neighbour that this worker has.
+  @inline(__always)
+  public func takenCount(of neighbour: Int) -> Int { neighbours[neighbour].takenCount }
+  public var neighbourCount: Int { neighbours.count }
 
   /// Whether a slot is lent to the kernel.
   @inline(__always)
@@ -131,6 +157,10 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
       precondition(
         old != 0 && old != Self.postedMark && Int(old) + count < Int(Self.postedMark), "hold of a slot not held")
       states[Int(buffer.index)] = old + UInt16(truncatingIfNeeded: count)
+    } else if let number = neighbour(buffer) {
+      let place = place(of: buffer, number)
+      precondition(Int(furtherHolds[place]) + count < Int(Self.postedMark), "too many holds of a slot")
+      furtherHolds[place] += UInt16(truncatingIfNeeded: count)
     } else {
       foreignMemory(buffer).hold(Int(buffer.index), adding: count)
     }
@@ -148,10 +178,81 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
         free[freeCount] = UInt32(truncatingIfNeeded: slot)
         freeCount += 1
       }
+    } else if let number = neighbour(buffer) {
+      let place = place(of: buffer, number)
+      if furtherHolds[place] > 0 {
+        furtherHolds[place] -= 1
+      } else {
+        let count = neighbours[number].returnedCount
+        precondition(count < neighbours[number].takenCount, "release of a neighbour's slot not held")
+        returned[neighbours[number].start + count] = buffer.index
+        neighbours[number].returnedCount = count + 1
+      }
     } else {
       foreignMemory(buffer).release(Int(buffer.index))
     }
   }
+
+  // MARK: Neighbours
+
+  /// The name of a buffer for the worker that it is handed on to by worker `number`, this one.
+  @inline(__always)
+  public mutating func handOn(_ buffer: BufferReference, from number: Int) -> BufferReference {
+    if buffer.owner == 0 {
+      handedOnCount += 1
+      return BufferReference(owner: Self.neighbourOwnerFirst + number, index: Int(buffer.index))
+    }
+    guard let owner = neighbour(buffer) else { preconditionFailure("foreign memory is handed on") }
+    precondition(furtherHolds[place(of: buffer, owner)] == 0, "a slot that waits for sends is handed on")
+    neighbours[owner].takenCount -= 1
+    return buffer
+  }
+
+  /// Takes over what a neighbour handed on: it is held once.
+  @inline(__always)
+  public mutating func takeOver(_ buffer: BufferReference) {
+    guard let number = neighbour(buffer) else { preconditionFailure("no neighbour's slot is taken over") }
+    neighbours[number].takenCount += 1
+  }
+
+  /// A slot of one's own came back from a neighbour.
+  @inline(__always)
+  public mutating func comeBack(_ slot: Int) {
+    precondition(handedOnCount > 0, "a slot came back that was not handed on")
+    handedOnCount -= 1
+    release(BufferReference(slot: slot))
+  }
+
+  @inline(__always)
+  public func returnedCount(of number: Int) -> Int { neighbours[number].returnedCount }
+
+  /// Slots to give back to a neighbour.
+  @inline(__always)
+  @_lifetime(borrow self)
+  public func returnedSlots(of number: Int) -> Span<UInt32> {
+    returned.span(from: neighbours[number].start, count: neighbours[number].returnedCount)
+  }
+
+  /// They were given back.
+  @inline(__always)
+  public mutating func forgetReturned(of number: Int) {
+    neighbours[number].takenCount -= neighbours[number].returnedCount
+    neighbours[number].returnedCount = 0
+  }
+
+  @inline(__always)
+  private func neighbour(_ buffer: BufferReference) -> Int? {
+    let owner = Int(buffer.owner)
+    return owner >= Self.neighbourOwnerFirst ? owner - Self.neighbourOwnerFirst : nil
+  }
+
+  @inline(__always)
+  private func place(of buffer: BufferReference, _ number: Int) -> Int {
+    precondition(Int(buffer.index) < neighbours[number].view.slotCount, "slot out of range")
+    return neighbours[number].start + Int(buffer.index)
+  }
+
+  // MARK: Foreign memory
 
   /// Makes a foreign memory known; its descriptors name the owner returned. Control keeps the memory alive.
   public mutating func adopt(_ memory: ForeignMemory.Reference) -> Int {
@@ -169,15 +270,17 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
 
   // MARK: Bytes
 
-  /// The start of a slot, for the kernel to write to: `slotStrideBytes` less 64 bytes of it.
+  /// The start of a slot of one's own, for the kernel to write `slotBytes` to.
   @unsafe @inline(__always)
-  public func address(ofSlot slot: Int) -> UnsafeMutableRawPointer {
-    precondition(UInt(bitPattern: slot) < UInt(bitPattern: slotCount), "slot out of range")
-    return unsafe base + slot * Self.slotStrideBytes
-  }
+  public func address(ofSlot slot: Int) -> UnsafeMutableRawPointer { unsafe own.address(ofSlot: slot) }
 
-  /// Bytes of a slot that the kernel may write.
-  public static let slotBytes = headroomBytes + payloadBytesMax
+  /// The start of a slot of one's own or a neighbour's; nil for foreign memory.
+  @unsafe @inline(__always)
+  private func slotAddress(_ buffer: BufferReference) -> UnsafeMutableRawPointer? {
+    if buffer.owner == 0 { return unsafe own.address(ofSlot: Int(buffer.index)) }
+    guard let number = neighbour(buffer) else { return nil }
+    return unsafe neighbours[number].view.address(ofSlot: Int(buffer.index))
+  }
 
   /// The first segment of a frame, from its first byte on: what stages parse. For memory of a guest this is our
   /// private copy of the headers.
@@ -200,9 +303,9 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
   private func headRange(_ descriptor: Descriptor) -> (UnsafeMutableRawPointer, Int) {
     let offset = Int(descriptor.offset)
     let length = Int(descriptor.length)
-    if descriptor.buffer.owner == 0 {
+    if let start = unsafe slotAddress(descriptor.buffer) {
       precondition(offset + length <= Self.slotBytes, "a descriptor leaves its slot")
-      return unsafe (address(ofSlot: Int(descriptor.buffer.index)) + offset, length)
+      return unsafe (start + offset, length)
     }
     let segment = unsafe foreignMemory(descriptor.buffer).segment(0, of: Int(descriptor.buffer.index))
     unsafe precondition(offset <= segment.iov_len, "a descriptor leaves its segment")
@@ -212,7 +315,7 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
   /// Writes the segments of a frame as I/O vectors; returns how many, or nil when they are more than `room`.
   @unsafe @inline(__always)
   public func vectors(of descriptor: Descriptor, into vectors: UnsafeMutablePointer<iovec>, room: Int) -> Int? {
-    if descriptor.buffer.owner == 0 {
+    if !descriptor.buffer.isForeign {
       guard room >= 1 else { return nil }
       let (start, count) = unsafe headRange(descriptor)
       unsafe vectors[0] = unsafe iovec(iov_base: start, iov_len: count)

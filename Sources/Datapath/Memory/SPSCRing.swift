@@ -61,6 +61,13 @@ public final class SPSCRing<Element: BitwiseCopyable>: @unchecked Sendable {
 
     @inlinable init(ring: SPSCRing) { self.ring = ring }
 
+    /// How many items fit now; looks at the other end's cursor only when fewer than `wanted` seem to.
+    @inlinable
+    public mutating func room(for wanted: Int) -> Int {
+      if ring.mask + 1 - (tail &- headSeen) < wanted { headSeen = ring.head.load(ordering: .acquiring) }
+      return ring.mask + 1 - (tail &- headSeen)
+    }
+
     /// Pushes as many of `batch` as fit, the first ones first; returns how many.
     @inlinable
     public mutating func push(_ batch: Span<Element>) -> Int {
@@ -125,6 +132,16 @@ public final class SPSCRing<Element: BitwiseCopyable>: @unchecked Sendable {
       return count
     }
 
+    public var capacity: Int { ring.capacity }
+
+    /// Whether nothing is there now.
+    @inlinable
+    public mutating func isEmpty() -> Bool {
+      if tailSeen != head { return false }
+      tailSeen = ring.tail.load(ordering: .acquiring)
+      return tailSeen == head
+    }
+
     /// Pops the oldest item; nil when the ring is empty.
     @inlinable
     public mutating func pop() -> Element? {
@@ -137,5 +154,18 @@ public final class SPSCRing<Element: BitwiseCopyable>: @unchecked Sendable {
       ring.head.store(head, ordering: .releasing)
       return item
     }
+  }
+}
+
+extension Batch {
+  /// Appends up to `most` items of a ring, the oldest first; returns how many.
+  @inlinable
+  public mutating func append(from ring: inout SPSCRing<Element>.Consumer, upTo most: Int) -> Int {
+    let wanted = min(most, room)
+    guard wanted > 0 else { return 0 }
+    var span = items.mutableSpan(from: used, count: wanted)
+    let count = ring.pop(into: &span)
+    used += count
+    return count
   }
 }

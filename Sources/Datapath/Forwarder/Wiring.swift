@@ -1,0 +1,232 @@
+// What joins the workers of one service in the pipeline layout.
+//
+// The way of a frame between workers
+// 1. A stage puts descriptors for a neighbour into that neighbour's `Outlet`, and flushes it once a turn: one push of a
+//    batch onto the ring. What does not fit on a full ring is dropped and counted: the ring is as deep as there are
+//    slots, unless it was set smaller, so normally everything fits.
+// 2. The neighbour's `Inlets` take batches off the rings, each ring in turn.
+// 3. When the last send of a slot is done, it goes back to the worker that received into it, by a ring of slot numbers.
+// Each push looks at the neighbour's bell.
+
+/// The rings, bells and arenas of the workers of one service, made by control before any of them starts.
+public struct Wiring: ~Copyable {
+  public struct Settings: Sendable {
+    /// Slots of each receiver's arena.
+    public var slots = 1_024
+    public var hugePages = true
+    /// Descriptors that fit on a ring; nil: as many as there are slots, so that no ring is ever full.
+    public var ringFrames: Int?
+    /// Descriptors that a worker takes off its rings in one turn, at most.
+    public var batchFrames = 64
+    public init() {}
+  }
+
+  public let roles: [Roles]
+  private let settings: Settings
+  private let arenas: [FrameArena]
+  private var joints: OwnedArray<Joints?>
+
+  /// - Parameters:
+  ///   - roles: by worker.
+  ///   - wakers: by worker the eventfd that wakes it.
+  /// - Throws: `ENOMEM` where the address space is used up.
+  public init(roles: [Roles], wakers: [Int32], settings: Settings) throws(SystemError) {
+    precondition(roles.count == wakers.count)
+    self.roles = roles
+    self.settings = settings
+    var arenas: [FrameArena] = []
+    for roles in roles {
+      // A worker that does not receive posts no slot.
+      arenas.append(
+        try FrameArena(slotCount: roles.contains(.receive) ? settings.slots : 0, hugePages: settings.hugePages))
+    }
+    self.arenas = arenas
+    let bells = wakers.map { Bell(waker: $0) }
+    joints = OwnedArray(capacity: roles.count)
+    for number in roles.indices {
+      let transmitters = roles.count { $0.contains(.transmit) }
+      joints.append(
+        Joints(
+          number: number, roles: roles[number], bell: bells[number], batchFrames: settings.batchFrames,
+          holdBackMax: settings.slots / 2 / max(1, transmitters)))
+    }
+    let depth = settings.ringFrames ?? settings.slots
+    for number in roles.indices {
+      for router in Roles.routers(ofReceiver: number, among: roles) where router != number {
+        let ring = SPSCRing<Descriptor>(capacity: depth)
+        joints[number]!.toRouters.append(Outlet(ring, to: bells[router]))
+        joints[router]!.fromReceivers.append(ring.makeConsumer())
+      }
+      for transmitter in Roles.transmitters(ofRouter: number, among: roles) where transmitter != number {
+        let ring = SPSCRing<RoutedFrame>(capacity: settings.ringFrames ?? depth * max(1, feeders(of: number).count))
+        joints[number]!.toTransmitters.append(Outlet(ring, to: bells[transmitter]))
+        joints[transmitter]!.fromRouters.append(ring.makeConsumer())
+      }
+    }
+    for receiver in roles.indices where roles[receiver].contains(.receive) {
+      for user in users(of: receiver) where user != receiver {
+        let ring = SPSCRing<UInt32>(capacity: settings.slots)
+        joints[user]!.givesBack.append(SlotOutlet(ring, of: receiver, to: bells[receiver]))
+        joints[receiver]!.comesBack.append(ring.makeConsumer())
+      }
+    }
+  }
+
+  /// What worker `number` has of it; to be taken once.
+  public mutating func takeJoints(of number: Int) -> Joints {
+    var taken: Joints?
+    swap(&taken, &joints[number])
+    guard let taken else { preconditionFailure("the joints of a worker are taken twice") }
+    return taken
+  }
+
+  /// The memory of worker `number`: its own arena, and those of the receivers whose frames come to it.
+  public func makeMemory(of number: Int) -> FrameMemory {
+    let neighbours = arenas.indices.map { receiver in
+      receiver != number && users(of: receiver).contains(number) ? arenas[receiver] : nil
+    }
+    return FrameMemory(arena: arenas[number], neighbours: neighbours.contains { $0 != nil } ? neighbours : [])
+  }
+
+  public func hasHugePages(_ number: Int) -> Bool { arenas[number].hasHugePages }
+
+  /// The receivers whose frames come to a router.
+  private func feeders(of router: Int) -> [Int] {
+    roles.indices.filter { Roles.routers(ofReceiver: $0, among: roles).contains(router) }
+  }
+
+  /// The workers that frames of a receiver come to.
+  private func users(of receiver: Int) -> Set<Int> {
+    let routers = Roles.routers(ofReceiver: receiver, among: roles)
+    return Set(routers).union(routers.flatMap { Roles.transmitters(ofRouter: $0, among: roles) })
+  }
+}
+
+/// The ends of rings that one worker has.
+public struct Joints: ~Copyable {
+  public let number: Int
+  public let roles: Roles
+  let bell: Bell
+  /// Descriptors that are taken off the rings in one turn, at most.
+  let batchFrames: Int
+  /// Slots of one neighbour that may wait here for full sockets: the rest is for its receives.
+  let holdBackMax: Int
+  var toRouters: OwnedArray<Outlet<Descriptor>>
+  var toTransmitters: OwnedArray<Outlet<RoutedFrame>>
+  var fromReceivers: Inlets<Descriptor>
+  var fromRouters: Inlets<RoutedFrame>
+  var givesBack: OwnedArray<SlotOutlet>
+  var comesBack: Inlets<UInt32>
+
+  /// More neighbours than any machine has cores for workers.
+  static var neighboursMax: Int { 256 }
+
+  init(number: Int, roles: Roles, bell: Bell, batchFrames: Int, holdBackMax: Int) {
+    self.number = number
+    self.roles = roles
+    self.bell = bell
+    self.batchFrames = batchFrames
+    self.holdBackMax = holdBackMax
+    toRouters = OwnedArray(capacity: Self.neighboursMax)
+    toTransmitters = OwnedArray(capacity: Self.neighboursMax)
+    fromReceivers = Inlets()
+    fromRouters = Inlets()
+    givesBack = OwnedArray(capacity: Self.neighboursMax)
+    comesBack = Inlets()
+  }
+
+  /// A worker of the fused layout: it has no neighbours.
+  public static func alone(waker: Int32) -> Joints {
+    Joints(number: 0, roles: .all, bell: Bell(waker: waker), batchFrames: 1, holdBackMax: 0)
+  }
+}
+
+/// The way to one neighbour.
+struct Outlet<Element: BitwiseCopyable & Sendable>: ~Copyable {
+  private var ring: SPSCRing<Element>.Producer
+  private let bell: Bell
+
+  init(_ ring: SPSCRing<Element>, to bell: Bell) {
+    self.ring = ring.makeProducer()
+    self.bell = bell
+  }
+
+  /// How many items fit now, of `wanted`.
+  @inline(__always)
+  mutating func room(for wanted: Int) -> Int { ring.room(for: wanted) }
+
+  /// Pushes `batch`, which fits, and wakes the neighbour if it sleeps; true if it did.
+  @inline(__always)
+  mutating func push(_ batch: borrowing Batch<Element>, _ io: inout some WorkerIO & ~Copyable) -> Bool {
+    push(batch.span(), &io)
+  }
+
+  @inline(__always)
+  mutating func push(_ items: Span<Element>, _ io: inout some WorkerIO & ~Copyable) -> Bool {
+    let count = ring.push(items)
+    precondition(count == items.count, "more was pushed than fits on the ring")
+    guard bell.mustRing() else { return false }
+    io.wake(bell.waker)
+    return true
+  }
+}
+
+/// The way back of a neighbour's slots.
+struct SlotOutlet: ~Copyable {
+  /// The worker whose slots they are.
+  let receiver: Int
+  private var outlet: Outlet<UInt32>
+
+  init(_ ring: SPSCRing<UInt32>, of receiver: Int, to bell: Bell) {
+    self.receiver = receiver
+    outlet = Outlet(ring, to: bell)
+  }
+
+  @inline(__always)
+  mutating func flush(_ memory: inout FrameMemory, _ io: inout some WorkerIO & ~Copyable) -> Bool {
+    guard memory.returnedCount(of: receiver) > 0 else { return false }
+    // The ring has as many places as the receiver has slots.
+    let rang = outlet.push(memory.returnedSlots(of: receiver), &io)
+    memory.forgetReturned(of: receiver)
+    return rang
+  }
+}
+
+/// What comes from all neighbours of one kind.
+struct Inlets<Element: BitwiseCopyable & Sendable>: ~Copyable {
+  private var rings: OwnedArray<SPSCRing<Element>.Consumer>
+  /// The ring to begin with: they take turns.
+  private var first = 0
+
+  init() { rings = OwnedArray(capacity: Joints.neighboursMax) }
+
+  mutating func append(_ ring: consuming SPSCRing<Element>.Consumer) { rings.append(ring) }
+
+  /// Items that all rings together hold.
+  var capacity: Int {
+    var sum = 0
+    for index in 0..<rings.count { sum += rings[index].capacity }
+    return sum
+  }
+
+  /// Appends up to `most` items to `batch`, an equal share of each ring first.
+  @inline(__always)
+  mutating func take(_ most: Int, into batch: inout Batch<Element>) {
+    guard rings.count > 0 else { return }
+    var left = min(most, batch.room)
+    let share = max(1, left / rings.count)
+    for step in 0..<rings.count where left > 0 {
+      var index = first + step
+      if index >= rings.count { index -= rings.count }
+      left -= batch.append(from: &rings[index], upTo: min(share, left))
+    }
+    first = first + 1 >= rings.count ? 0 : first + 1
+  }
+
+  /// Whether no ring has anything now.
+  @inline(__always)
+  mutating func isEmpty() -> Bool {
+    for index in 0..<rings.count where !rings[index].isEmpty() { return false }
+    return true
+  }
+}
