@@ -66,7 +66,8 @@ public struct Audit: BitwiseCopyable, Sendable, Equatable {
   public init() {}
 
   public var holds: Bool {
-    received + takenOver + copies == sent + dropped + handedOn + inFlight && brokenInterface == .none && brokenDomain == .none
+    received + takenOver + copies == sent + dropped + handedOn + inFlight && brokenInterface == .none
+      && brokenDomain == .none
       && underlayHolds && slotsLost == 0 && operationsLost == 0
   }
 }

@@ -339,7 +339,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     Waker.wake(controlWaker)
   }
 
-  private mutating func carryOutCommands() {
+  mutating func carryOutCommands() {
     while let command = commands.pop() {
       counters.worker.add(.commands)
       switch command {
