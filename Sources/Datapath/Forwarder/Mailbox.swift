@@ -13,8 +13,8 @@ public enum Command: BitwiseCopyable, Sendable {
   case openLane(Int, LaneKind, interface: InterfaceIndex, descriptor: Int32)
   /// Answered by `.laneClosed`.
   case closeLane(Int)
-  /// Answered by `.adopted`: from then on this worker uses nothing of the snapshot before. Control has all routers adopt
-  /// before it asks transmitters: routed frames on the rings may point into the old one.
+  /// Answered by `.adopted`: from then on this worker uses nothing of the snapshot before. Control has all routers
+  /// adopt before it asks transmitters: routed frames on the rings may point into the old one.
   case adopt(SnapshotView)
   /// Answered by `.audited`.
   case audit

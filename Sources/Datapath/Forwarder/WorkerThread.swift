@@ -3,8 +3,8 @@ import Glibc
 
 /// A worker on a pinned thread of its own, and the end of its mailbox that control holds.
 ///
-/// Ring and worker are made on that thread, so the ring has its one submitter; the memory is touched there first, so its
-/// pages are near that core.
+/// Ring and worker are made on that thread, so the ring has its one submitter; the memory is touched there first, so
+/// its pages are near that core.
 /// Control's side is used by one thread.
 public final class WorkerThread: @unchecked Sendable {
   public struct Plan: Sendable {

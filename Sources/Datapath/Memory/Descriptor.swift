@@ -66,8 +66,8 @@ public struct OffloadFields: BitwiseCopyable, Sendable, Equatable {
   public var isPlain: Bool { flags == 0 && segmentationType == 0 }
 }
 
-/// A buffer by its owner and its place there: a slot of the worker's own arena (owner 0) or of a neighbour's, or a chain
-/// of foreign memory. Owner numbers are a worker's own: `FrameMemory.handOn` names a buffer for the next.
+/// A buffer by its owner and its place there: a slot of the worker's own arena (owner 0) or of a neighbour's, or a
+/// chain of foreign memory. Owner numbers are a worker's own: `FrameMemory.handOn` names a buffer for the next.
 public struct BufferReference: BitwiseCopyable, Hashable, Sendable {
   public let owner: UInt16
   public let index: UInt32

@@ -1,11 +1,11 @@
 import CLinux
 import Glibc
 
-/// The memory that slots lie in: one for each worker that receives. Control makes it, before any worker runs; pages come
-/// when they are first touched, by the kernel on behalf of the worker that receives into them, so near its core.
+/// The memory that slots lie in: one for each worker that receives. Control makes it, before any worker runs; pages
+/// come when they are first touched, by the kernel on behalf of the worker that receives into them, so near its core.
 ///
-/// In the pipeline layout several workers read and send from the same slots, each through a `View`. Who may touch a slot
-/// is settled by who holds its descriptor: it goes from one worker to the next through a ring, which orders memory.
+/// In the pipeline layout several workers read and send from the same slots, each through a `View`. Who may touch a
+/// slot is settled by who holds its descriptor: it goes from worker to worker through a ring, which orders memory.
 @safe
 public final class FrameArena: @unchecked Sendable {
   /// Bytes before a received frame: the kernel's header of a multishot recvmsg (16), the sender's address (28) and
