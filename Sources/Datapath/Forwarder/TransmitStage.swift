@@ -91,6 +91,7 @@ struct TransmitStage: ~Copyable {
 
   /// A super-frame goes whole to a port, whose other side cuts it or takes it as it is, and to a link as its segments,
   /// which join one lane in order. Its length is judged by the longest of them.
+  @inline(never)
   private mutating func enqueueSuperFrame(
     _ descriptor: Descriptor, _ vni: UInt32, _ egress: InterfaceIndex, _ canHoldBack: Bool,
     _ memory: inout FrameMemory, _ counters: borrowing CounterTable

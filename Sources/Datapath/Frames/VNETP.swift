@@ -1,5 +1,5 @@
-/// VNET/P's encapsulation: the UDP payload is the Ethernet frame, with nothing before it. What a datagram is can only be
-/// told by the port that it came to and by its sender.
+/// VNET/P's encapsulation: the UDP payload is the Ethernet frame, with nothing before it. What a datagram is can only
+/// be told by the port that it came to and by its sender.
 public enum VNETPFrame {
   /// The UDP port of the original.
   @inlinable @inline(always)

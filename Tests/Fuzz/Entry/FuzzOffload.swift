@@ -45,8 +45,8 @@ private func finish(_ header: inout OffloadHeader, _ frame: inout [UInt8]) -> Bo
   frame.withMutableRawBytes { header.finishChecksum(in: &$0) }
 }
 
-/// Segments of what can be cut are frames, of the whole's flow, with right lengths and checksums; their payloads are the
-/// whole's, each byte once.
+/// Segments of what can be cut are frames, of the whole's flow, with right lengths and checksums; their payloads are
+/// the whole's, each byte once.
 private func checkSegments(_ frame: RawSpan, _ header: OffloadHeader, isWellFormed: Bool) {
   guard let whole = SuperFrame(frame, header) else { return }
   precondition(isWellFormed && header.isSuperFrame)
