@@ -363,7 +363,7 @@ private struct Bench: ~Copyable {
   func faults(seed: UInt64) throws {
     var random = SimulatedRandom(seed: seed)
     var plan = SimulatedHost.Plan.mixture(&random)
-    plan.workers = 1
+    plan.roles = [.all]
     let network = SimulatedNetwork(seed: seed, faults: .mixture(&random))
     let hosts = try (0..<plan.hosts).map { try SimulatedHost(network, plan, number: $0) }
     let made = try makeFrame()
