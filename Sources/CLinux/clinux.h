@@ -24,14 +24,15 @@
 // ---- One send, as the kernel reads it: it must not move until its completion came. ----
 
 #define CLINUX_SEND_VECTORS_MAX 18
-#define CLINUX_SEND_HEADER_BYTES 32
+#define CLINUX_SEND_HEADER_BYTES 208  // 16 of encapsulation or virtio header, 192 of a segment's headers
 #define CLINUX_SEND_CONTROL_BYTES 32
 
 struct clinux_send {
   struct msghdr message;
   struct iovec vectors[CLINUX_SEND_VECTORS_MAX];
-  unsigned char header[CLINUX_SEND_HEADER_BYTES];  // encapsulation or virtio header, vectors[0]
+  // Before the header, whose end only segments use: a plain send's lines stay together.
   _Alignas(8) unsigned char control[CLINUX_SEND_CONTROL_BYTES];
+  unsigned char header[CLINUX_SEND_HEADER_BYTES];  // vectors[0]
 };
 
 static inline struct iovec *clinux_send_vectors(struct clinux_send *send) { return send->vectors; }

@@ -52,7 +52,7 @@ struct FramesCorpusReplay {
   func checksum() throws { try replay("checksum", atLeast: 8) { fuzzChecksum($0) } }
 
   @Test("every input of the offload target keeps every promise")
-  func offload() throws { try replay("offload", atLeast: 20) { fuzzOffload($0) } }
+  func offload() throws { try replay("offload", atLeast: 39) { fuzzOffload($0) } }
 
   @Test("random bytes, and corpus frames with random bytes in them, keep every promise")
   func random() throws {

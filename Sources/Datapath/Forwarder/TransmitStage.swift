@@ -80,34 +80,147 @@ struct TransmitStage: ~Copyable {
     _ descriptor: Descriptor, _ vni: UInt32, _ egress: InterfaceIndex, _ canHoldBack: Bool,
     _ memory: inout FrameMemory, _ counters: borrowing CounterTable
   ) {
+    if descriptor.offload.isSuperFrame {
+      return enqueueSuperFrame(descriptor, vni, egress, canHoldBack, &memory, counters)
+    }
     let record = counters[egress]
+    guard let index = lane(for: descriptor, descriptor.length, egress, record, canHoldBack, &memory, counters)
+    else { return }
+    join(index, descriptor, egress, Self.header(record.kind, vni), &memory, counters)
+  }
+
+  /// A super-frame goes whole to a port, whose other side cuts it or takes it as it is, and to a link as its segments,
+  /// which join one lane in order. Its length is judged by the longest of them.
+  @inline(never)
+  private mutating func enqueueSuperFrame(
+    _ descriptor: Descriptor, _ vni: UInt32, _ egress: InterfaceIndex, _ canHoldBack: Bool,
+    _ memory: inout FrameMemory, _ counters: borrowing CounterTable
+  ) {
+    let record = counters[egress]
+    guard let whole = superFrame(descriptor, mustBeInOnePiece: record.kind.isLink, memory) else {
+      // Whoever sent it is to blame, not where it would go: it was never offered here.
+      return drop(.dropBadOffload, descriptor, descriptor.ingress, &memory, counters)
+    }
+    let longest = UInt32(truncatingIfNeeded: whole.segmentBytesMax)
+    guard let index = lane(for: descriptor, longest, egress, record, canHoldBack, &memory, counters) else { return }
+    if record.kind.isLink {
+      joinSegments(of: whole, index, descriptor, egress, Self.header(record.kind, vni), &memory, counters)
+    } else {
+      var offload = descriptor.offload
+      offload.headerLength = UInt16(truncatingIfNeeded: whole.headerBytes)
+      offload.bufferCount = 0
+      join(index, descriptor, egress, TapPort.header(offload), &memory, counters)
+    }
+  }
+
+  /// Where the parts of a super-frame lie; nil when it cannot be cut into as many frames as it is counted as.
+  private func superFrame(
+    _ descriptor: Descriptor, mustBeInOnePiece: Bool, _ memory: borrowing FrameMemory
+  ) -> SuperFrame? {
+    let head = memory.head(of: descriptor)
+    let frameBytes = Int(descriptor.length)
+    guard !mustBeInOnePiece || head.byteCount == frameBytes,
+      let whole = SuperFrame(headers: head, frameBytes: frameBytes, descriptor.offload),
+      whole.segmentCount == Int(descriptor.wireFrames)
+    else { return nil }
+    return whole
+  }
+
+  /// What goes before a frame.
+  @inline(__always)
+  private static func header(_ kind: InterfaceRecord.Kind, _ vni: UInt32) -> SendPool.Header {
+    switch kind {
+    case .vxlan: VXLANLink.header(vni: vni)
+    case .vnetp: VNETPLink.header
+    case .tap, .packet, .absent: TapPort.plainHeader
+    }
+  }
+
+  /// The lane that takes a frame of which `frameBytes` must fit, offered to `egress` from now on; nil when the frame
+  /// was dropped.
+  @inline(__always)
+  private mutating func lane(
+    for descriptor: Descriptor, _ frameBytes: UInt32, _ egress: InterfaceIndex, _ record: InterfaceRecord,
+    _ canHoldBack: Bool, _ memory: inout FrameMemory, _ counters: borrowing CounterTable
+  ) -> Int? {
     record.counters.add(.offeredFrames, Int(descriptor.wireFrames))
-    guard record.laneCount > 0 else { return drop(.dropInterfaceDown, descriptor, egress, &memory, counters) }
-    if descriptor.length > record.frameBytesMax { return drop(.dropTooBig, descriptor, egress, &memory, counters) }
-    let index = Int(record.laneFirst + descriptor.flowHash % record.laneCount)
-    switch lanes[index].state {
-    case .open: break
-    // A full socket may keep frames back only while receives have slots left.
-    case .blocked where canHoldBack: break
-    case .blocked: return drop(.dropQueueFull, descriptor, egress, &memory, counters)
-    case .closed, .closing, .failed: return drop(.dropInterfaceDown, descriptor, egress, &memory, counters)
+    var reason = Counter.dropInterfaceDown
+    if record.laneCount > 0 {
+      let index = Int(record.laneFirst + descriptor.flowHash % record.laneCount)
+      if frameBytes > record.frameBytesMax {
+        reason = .dropTooBig
+      } else {
+        switch lanes[index].state {
+        // A full socket may keep frames back only while receives have slots left.
+        case .blocked where !canHoldBack: reason = .dropQueueFull
+        case .open, .blocked:
+          if lanes[index].count < UInt32(Self.laneFramesMax) { return index }
+          reason = .dropQueueFull
+        case .closed, .closing, .failed: break
+        }
+      }
     }
-    guard lanes[index].count < UInt32(Self.laneFramesMax) else {
-      return drop(.dropQueueFull, descriptor, egress, &memory, counters)
-    }
+    drop(reason, descriptor, egress, &memory, counters)
+    return nil
+  }
+
+  /// A frame joins the queue of a lane, with `header` before it.
+  @inline(__always)
+  private mutating func join(
+    _ index: Int, _ descriptor: Descriptor, _ egress: InterfaceIndex, _ header: SendPool.Header,
+    _ memory: inout FrameMemory, _ counters: borrowing CounterTable
+  ) {
     guard let operation = pool.take() else {
       return drop(.dropNoSendOperation, descriptor, egress, &memory, counters)
     }
-    let header =
-      switch record.kind {
-      case .vxlan: VXLANLink.header(vni: vni)
-      case .vnetp: SendPool.Header(count: 0)
-      case .tap, .packet, .absent: TapPort.plainHeader
-      }
     guard pool.fill(operation, descriptor, egress: egress, lane: lanes[index].kind, header: header, memory) else {
       pool.giveBack(operation)
       return drop(.dropSendFailed, descriptor, egress, &memory, counters)
     }
+    append(operation, to: index)
+  }
+
+  /// The segments of a super-frame join the queue of a lane, each with `header` before it; those that find no room are
+  /// dropped. Each send holds the buffer once, so that it is held by no more sends than there are operations, whatever
+  /// a guest asks for.
+  private mutating func joinSegments(
+    of whole: SuperFrame, _ index: Int, _ descriptor: Descriptor, _ egress: InterfaceIndex, _ header: SendPool.Header,
+    _ memory: inout FrameMemory, _ counters: borrowing CounterTable
+  ) {
+    let room = min(whole.segmentCount, Self.laneFramesMax - Int(lanes[index].count))
+    var reason = Counter.dropQueueFull
+    var joined = 0
+    while joined < room {
+      guard let operation = pool.take() else {
+        reason = .dropNoSendOperation
+        break
+      }
+      guard
+        pool.fill(
+          operation, segment: joined, of: whole, descriptor, egress: egress, lane: lanes[index].kind, header: header,
+          memory)
+      else {
+        pool.giveBack(operation)
+        reason = .dropSendFailed
+        break
+      }
+      append(operation, to: index)
+      joined += 1
+    }
+    if joined < whole.segmentCount {
+      var rest = descriptor
+      rest.wireFrames = UInt16(truncatingIfNeeded: whole.segmentCount - joined)
+      counters.countDrop(reason, rest, at: egress)
+    }
+    if joined > 0 {
+      memory.hold(descriptor.buffer, adding: joined - 1)
+    } else {
+      memory.release(descriptor.buffer)
+    }
+  }
+
+  @inline(__always)
+  private mutating func append(_ operation: Int, to index: Int) {
     if lanes[index].count == 0 {
       lanes[index].head = UInt32(truncatingIfNeeded: operation)
     } else {

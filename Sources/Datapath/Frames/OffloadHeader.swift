@@ -1,8 +1,8 @@
-/// The offload header in front of a super-frame: `virtio_net_hdr_v1` (virtio 1.x §5.1.6, linux/virtio_net.h), 12 bytes,
-/// little endian, as a TAP with `IFF_VNET_HDR`, a packet socket with `PACKET_VNET_HDR` and a virtio-net queue have it.
-///
-/// It comes from a guest: nothing in it is trusted. Ask ``isWellFormed(frameBytes:)`` before acting on it.
-public struct OffloadHeader: BitwiseCopyable, Hashable, Sendable {
+// The offload header's layout and meaning: 12 bytes, little endian, as a TAP with `IFF_VNET_HDR`, a packet socket with
+// `PACKET_VNET_HDR` and a virtio-net queue have it. Ask ``OffloadHeader/isWellFormed(frameBytes:)`` before acting on
+// one, and ``SuperFrame`` before cutting.
+
+extension OffloadHeader {
   /// Bytes of the header in memory.
   @inlinable @inline(always)
   public static var bytes: Int { 12 }
@@ -36,46 +36,17 @@ public struct OffloadHeader: BitwiseCopyable, Hashable, Sendable {
   @inlinable @inline(always)
   public static var checksumStartMin: Int { EthernetHeader.bytes + IPv4Header.bytesMin }
 
-  /// Bits of flags.
-  public var flags: UInt8
-  /// ``Segmentation``, perhaps with ``segmentationECN``: see ``segmentation``.
-  public var gsoType: UInt8
-  /// Bytes of all headers in front of the first segment's payload: a hint, which is not trusted.
-  public var headerLength: UInt16
-  /// Payload bytes of each segment; the last may have less.
-  public var gsoSize: UInt16
-  /// Bytes from the start of the frame to where the checksum starts.
-  public var checksumStart: UInt16
-  /// Bytes from there to the checksum.
-  public var checksumOffset: UInt16
-  /// Buffers that a frame was received into, with mergeable buffers; 1 without, 0 on transmit.
-  public var bufferCount: UInt16
-
-  @inlinable
-  public init(
-    flags: UInt8 = 0, gsoType: UInt8 = 0, headerLength: UInt16 = 0, gsoSize: UInt16 = 0, checksumStart: UInt16 = 0,
-    checksumOffset: UInt16 = 0, bufferCount: UInt16 = 0
-  ) {
-    self.flags = flags
-    self.gsoType = gsoType
-    self.headerLength = headerLength
-    self.gsoSize = gsoSize
-    self.checksumStart = checksumStart
-    self.checksumOffset = checksumOffset
-    self.bufferCount = bufferCount
-  }
-
   /// From the first 12 bytes; nil when there are fewer. The bytes are not judged.
   @inlinable
   public init?(_ bytes: RawSpan) {
     guard bytes.byteCount >= Self.bytes else { return nil }
-    flags = unsafe bytes.networkUInt8(at: 0)
-    gsoType = unsafe bytes.networkUInt8(at: 1)
-    headerLength = unsafe bytes.networkUInt16(at: 2).byteSwapped
-    gsoSize = unsafe bytes.networkUInt16(at: 4).byteSwapped
-    checksumStart = unsafe bytes.networkUInt16(at: 6).byteSwapped
-    checksumOffset = unsafe bytes.networkUInt16(at: 8).byteSwapped
-    bufferCount = unsafe bytes.networkUInt16(at: 10).byteSwapped
+    self.init(
+      flags: unsafe bytes.networkUInt8(at: 0), gsoType: unsafe bytes.networkUInt8(at: 1),
+      headerLength: unsafe bytes.networkUInt16(at: 2).byteSwapped,
+      gsoSize: unsafe bytes.networkUInt16(at: 4).byteSwapped,
+      checksumStart: unsafe bytes.networkUInt16(at: 6).byteSwapped,
+      checksumOffset: unsafe bytes.networkUInt16(at: 8).byteSwapped,
+      bufferCount: unsafe bytes.networkUInt16(at: 10).byteSwapped)
   }
 
   /// Writes the header at `offset`; traps where it does not fit.
@@ -92,6 +63,16 @@ public struct OffloadHeader: BitwiseCopyable, Hashable, Sendable {
     unsafe bytes.storeNetwork(checksumOffset.byteSwapped, at: offset &+ 8)
     unsafe bytes.storeNetwork(bufferCount.byteSwapped, at: offset &+ 10)
     return offset &+ Self.bytes
+  }
+
+  /// The header as two words whose bytes in memory are those of ``write(into:at:)``, the last 4 bytes zero: for a
+  /// writer that has room for 16.
+  @inlinable @inline(always)
+  public var words: (first: UInt64, second: UInt64) {
+    let first =
+      UInt64(flags) | UInt64(gsoType) &<< 8 | UInt64(headerLength) &<< 16 | UInt64(gsoSize) &<< 32
+      | UInt64(checksumStart) &<< 48
+    return (first.littleEndian, (UInt64(checksumOffset) | UInt64(bufferCount) &<< 16).littleEndian)
   }
 
   /// The checksum is not finished yet.

@@ -89,30 +89,73 @@ public struct SendPool: ~Copyable, @unchecked Sendable {
     _ operation: Int, _ descriptor: Descriptor, egress: InterfaceIndex, lane kind: LaneKind, header: Header,
     _ memory: borrowing FrameMemory
   ) -> Bool {
-    precondition(UInt(bitPattern: operation) < UInt(bitPattern: count), "send operation out of range")
-    let send = unsafe operations + operation
-    let vectors = unsafe clinux_send_vectors(send)!
-    let bytes = unsafe UnsafeMutableRawPointer(clinux_send_header(send)!)
+    let headerBytes = Int(header.count)
+    store(header, operation)
+    guard setMessage(operation, headerBytes, payload: descriptor, kind, memory) else { return false }
+    records[operation] = Record(
+      descriptor: descriptor, egress: egress, next: 0, wasResent: false,
+      bytes: descriptor.length + UInt32(truncatingIfNeeded: headerBytes))
+    return true
+  }
+
+  /// Fills in an operation with one segment of a super-frame: `header`, the segment's own headers, and its payload
+  /// where it lies. The operation's record counts as one frame of the segment's length; of where its bytes are it says
+  /// the buffer only.
+  /// - Parameters:
+  ///   - number: of the segment.
+  ///   - whole: what `descriptor` names, all of whose bytes are in one piece: traps where they are not.
+  /// - Returns: false when the payload is in more pieces than a send takes.
+  public mutating func fill(
+    _ operation: Int, segment number: Int, of whole: SuperFrame, _ descriptor: Descriptor, egress: InterfaceIndex,
+    lane kind: LaneKind, header: Header, _ memory: borrowing FrameMemory
+  ) -> Bool {
+    store(header, operation)
+    var room = unsafe MutableRawSpan(
+      _unsafeStart: clinux_send_header(self.operation(operation))!, byteCount: Int(CLINUX_SEND_HEADER_BYTES))
+    let headerBytes = whole.writeHeaders(
+      ofSegment: number, of: memory.head(of: descriptor), into: &room, at: Int(header.count))
+    var payload = descriptor
+    payload.offset += UInt32(truncatingIfNeeded: whole.payloadOffset(ofSegment: number))
+    payload.length = UInt32(truncatingIfNeeded: whole.payloadBytes(ofSegment: number))
+    guard setMessage(operation, headerBytes, payload: payload, kind, memory) else { return false }
+    var segment = descriptor
+    segment.wireFrames = 1
+    segment.offload = OffloadHeader()
+    segment.length = UInt32(truncatingIfNeeded: whole.headerBytes) + payload.length
+    records[operation] = Record(
+      descriptor: segment, egress: egress, next: 0, wasResent: false,
+      bytes: UInt32(truncatingIfNeeded: headerBytes) + payload.length)
+    return true
+  }
+
+  @inline(__always)
+  private func store(_ header: Header, _ operation: Int) {
+    let bytes = unsafe UnsafeMutableRawPointer(clinux_send_header(self.operation(operation))!)
     unsafe bytes.storeBytes(of: header.first, as: UInt64.self)
     unsafe bytes.storeBytes(of: header.second, toByteOffset: 8, as: UInt64.self)
-    unsafe vectors[0] = unsafe iovec(iov_base: bytes, iov_len: Int(header.count))
+  }
+
+  /// What the kernel reads: the first `headerBytes` of the header's room, then the bytes that `payload` names.
+  @inline(__always)
+  private func setMessage(
+    _ operation: Int, _ headerBytes: Int, payload: Descriptor, _ kind: LaneKind, _ memory: borrowing FrameMemory
+  ) -> Bool {
+    let send = unsafe self.operation(operation)
+    let vectors = unsafe clinux_send_vectors(send)!
+    unsafe vectors[0] = unsafe iovec(iov_base: clinux_send_header(send), iov_len: headerBytes)
     guard
-      let segments = unsafe memory.vectors(
-        of: descriptor, into: vectors + 1, room: Int(CLINUX_SEND_VECTORS_MAX) - 1)
+      let segments = unsafe memory.vectors(of: payload, into: vectors + 1, room: Int(CLINUX_SEND_VECTORS_MAX) - 1)
     else { return false }
     unsafe send.pointee.message.msg_iov = vectors
     unsafe send.pointee.message.msg_iovlen = 1 + segments
-    if !kind.isDatagram || descriptor.typeOfService == 0 {
+    if !kind.isDatagram || payload.typeOfService == 0 {
       unsafe send.pointee.message.msg_control = nil
       unsafe send.pointee.message.msg_controllen = 0
     } else if kind == .datagramIPv4 {
-      unsafe clinux_send_set_service(send, Int32(IPPROTO_IP), IP_TOS, Int32(descriptor.typeOfService))
+      unsafe clinux_send_set_service(send, Int32(IPPROTO_IP), IP_TOS, Int32(payload.typeOfService))
     } else {
-      unsafe clinux_send_set_service(send, Int32(IPPROTO_IPV6), IPV6_TCLASS, Int32(descriptor.typeOfService))
+      unsafe clinux_send_set_service(send, Int32(IPPROTO_IPV6), IPV6_TCLASS, Int32(payload.typeOfService))
     }
-    records[operation] = Record(
-      descriptor: descriptor, egress: egress, next: 0, wasResent: false,
-      bytes: descriptor.length + UInt32(header.count))
     return true
   }
 

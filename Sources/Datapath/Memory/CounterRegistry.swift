@@ -77,11 +77,16 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     case .inBytes:
       define(
         "in_bytes", traffic,
-        "Bytes of those, from destination MAC to the end of payload; for the underlay with the encapsulation's header.",
+        "Bytes of those, from destination MAC to the end of payload, as they were handed over: a super-frame's as a "
+          + "whole; for the underlay with the encapsulation's header.",
         unit: "bytes")
     case .outFrames: define("out_frames", egress, "Handed to the kernel, which took them.")
     case .outBytes:
-      define("out_bytes", egress, "Bytes of those, from destination MAC to the end of payload.", unit: "bytes")
+      define(
+        "out_bytes", egress,
+        "Bytes of those, from destination MAC to the end of payload, as they were handed over: a super-frame's as a "
+          + "whole to a port, each segment's with its own headers to a link.",
+        unit: "bytes")
     case .offeredFrames:
       define(
         "offered_frames", [.port, .link], "Routed to this interface: sent, dropped on the way out, or in flight.")
@@ -123,7 +128,8 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     case .dropBadOffload:
       define(
         "drop_bad_offload", [.port, .domain],
-        "The virtio header asks for an offload that was not agreed on, or is malformed.")
+        "The virtio header asks for an offload that was not agreed on or is malformed, or for more segments than are "
+          + "made; a frame that is flooded counts once for each place.")
     case .dropBadSource:
       define("drop_bad_source", [.port, .link, .domain], "The source MAC is a group address or all zero.")
     case .dropSameInterface:

@@ -29,7 +29,7 @@ public struct Descriptor: BitwiseCopyable, Sendable {
   /// How many frames on the wire this is: 1, or the segments of a super-frame or train.
   public var wireFrames: UInt16
   /// The virtio header that came with the frame; all zero for none.
-  public var offload: OffloadFields
+  public var offload: OffloadHeader
 
   @inline(__always)
   public init(buffer: BufferReference, offset: Int, length: Int, segments: Int = 1, ingress: InterfaceIndex) {
@@ -46,24 +46,48 @@ public struct Descriptor: BitwiseCopyable, Sendable {
     flowHash = 0
     trainSegmentBytes = 0
     wireFrames = 1
-    offload = OffloadFields()
+    offload = OffloadHeader()
   }
 }
 
-/// The fields of `struct virtio_net_hdr` (virtio 1.2 section 5.1.6), in host order, as a descriptor carries them.
-public struct OffloadFields: BitwiseCopyable, Sendable, Equatable {
-  public var flags: UInt8 = 0
-  public var segmentationType: UInt8 = 0
-  public var headerBytes: UInt16 = 0
-  public var segmentBytes: UInt16 = 0
-  public var checksumStart: UInt16 = 0
-  public var checksumOffset: UInt16 = 0
+/// The offload header in front of a super-frame: the fields of `virtio_net_hdr_v1` (virtio 1.x §5.1.6,
+/// linux/virtio_net.h), in host order. All zero asks for nothing.
+///
+/// It comes from a guest: nothing in it is trusted. How it is read, written and judged stands with the frames'
+/// formats.
+public struct OffloadHeader: BitwiseCopyable, Hashable, Sendable {
+  /// Bits: ``flagNeedsChecksum``, ``flagDataValid``.
+  public var flags: UInt8
+  /// ``Segmentation``, perhaps with ``segmentationECN``: see ``segmentation``.
+  public var gsoType: UInt8
+  /// Bytes of all headers in front of the first segment's payload: a hint, which is not trusted.
+  public var headerLength: UInt16
+  /// Payload bytes of each segment; the last may have less.
+  public var gsoSize: UInt16
+  /// Bytes from the start of the frame to where the checksum starts.
+  public var checksumStart: UInt16
+  /// Bytes from there to the checksum.
+  public var checksumOffset: UInt16
+  /// Buffers that a frame was received into, with mergeable buffers; 1 without, 0 on transmit.
+  public var bufferCount: UInt16
 
-  @inline(__always)
-  public init() {}
+  @inlinable @inline(always)
+  public init(
+    flags: UInt8 = 0, gsoType: UInt8 = 0, headerLength: UInt16 = 0, gsoSize: UInt16 = 0, checksumStart: UInt16 = 0,
+    checksumOffset: UInt16 = 0, bufferCount: UInt16 = 0
+  ) {
+    self.flags = flags
+    self.gsoType = gsoType
+    self.headerLength = headerLength
+    self.gsoSize = gsoSize
+    self.checksumStart = checksumStart
+    self.checksumOffset = checksumOffset
+    self.bufferCount = bufferCount
+  }
+
   /// No offload asked for: the frame is as it goes on the wire.
-  @inline(__always)
-  public var isPlain: Bool { flags == 0 && segmentationType == 0 }
+  @inlinable @inline(always)
+  public var isPlain: Bool { flags == 0 && gsoType == 0 }
 }
 
 /// A buffer by its owner and its place there: a slot of the worker's own arena (owner 0) or of a neighbour's, or a

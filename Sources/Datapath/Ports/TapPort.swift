@@ -17,6 +17,13 @@ public enum TapPort {
   @inline(__always)
   static var plainHeader: SendPool.Header { SendPool.Header(count: headerBytes) }
 
+  /// What goes before a frame that is handed over with its offload.
+  @inline(__always)
+  static func header(_ offload: OffloadHeader) -> SendPool.Header {
+    let words = offload.words
+    return SendPool.Header(first: words.first, second: words.second, count: headerBytes)
+  }
+
   /// The frame in a filled slot; the reason when there is none.
   @inline(__always)
   static func describe(
