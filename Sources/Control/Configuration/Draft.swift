@@ -8,6 +8,8 @@ struct Draft {
   var domains: [Fields] = []
   var ports: [Fields] = []
   var links: [Fields] = []
+  var routes: [Fields] = []
+  var passthroughs: [Fields] = []
   var tuning: Fields
 
   init(sections: [Fields], file: String?, reader: Reader) {
@@ -21,6 +23,8 @@ struct Draft {
     domains = all(.domain)
     ports = all(.port)
     links = all(.link)
+    routes = all(.route)
+    passthroughs = all(.passthrough)
     tuning = one(.tuning)
   }
 
@@ -36,13 +40,18 @@ struct Draft {
   mutating func finish(_ environment: ConfigurationEnvironment) throws(ConfigurationErrors) -> Configuration {
     checkNames()
     checkDevices()
+    checkPassthroughs()
     checkDomains()
-    let tuning = makeTuning()
+    let macs = makeMACs()
+    let tuning = makeTuning(environment)
     let underlay = makeUnderlay()
     let ends = makeEnds(underlay, environment)
     checkLinksSharingDomains(ends)
+    checkLinks()
+    checkMTUs()
+    let routes = makeRoutes()
     guard reader.errors.isEmpty else { throw ConfigurationErrors(errors: reader.errors) }
-    return make(tuning, underlay, ends, environment)
+    return make(tuning, underlay, ends, macs, routes, environment)
   }
 }
 
@@ -105,7 +114,11 @@ extension Draft {
   }
 
   private mutating func checkDomains() {
-    for (section, sections) in [(Schema.Section.domain, domains), (.port, ports)] where sections.isEmpty {
+    // Ports that are wired together need no domain; everything else does.
+    let needsDomain = ports.isEmpty || !links.isEmpty || !routes.isEmpty || ports.contains { wiring(of: $0) == nil }
+    for (section, isMissing) in [
+      (Schema.Section.domain, domains.isEmpty && needsDomain), (.port, ports.isEmpty),
+    ] where isMissing {
       // A section that could not be read was reported.
       guard !reader.errors.contains(where: { $0.keyPath == section.rawValue }) else { continue }
       reader.report(
@@ -116,10 +129,8 @@ extension Draft {
     for fields in ports {
       if let name = fields.string("domain") {
         checkDomainExists(name, at: fields.place(of: "domain"))
-      } else if fields.isAbsent("domain") && domains.count > 1 {
-        reader.report(
-          fields.place(of: "domain"), "it is missing, and there are \(domains.count) domains",
-          "set it to one of \(domainNames.joined(separator: ", "))")
+      } else if fields.isAbsent("domain") && domains.count > 1 && wiring(of: fields) == nil {
+        reportMissingDomain(fields)
       }
     }
     for fields in links {
@@ -134,6 +145,12 @@ extension Draft {
         }
       }
     }
+  }
+
+  private mutating func reportMissingDomain(_ fields: Fields) {
+    reader.report(
+      fields.place(of: "domain"), "it is missing, and there are \(domains.count) domains",
+      "set it to one of \(domainNames.joined(separator: ", "))")
   }
 
   private var domainNames: [String] { domains.compactMap { $0.string("name") } }
@@ -151,6 +168,14 @@ extension Draft {
       guard let end = ends.remotes[index], let mine = carried(by: fields) else { continue }
       for (earlierIndex, earlier) in links[..<index].enumerated() {
         guard ends.remotes[earlierIndex]?.address == end.address, let theirs = carried(by: earlier) else { continue }
+        if isVNETP(fields), isVNETP(earlier) {
+          reader.report(
+            fields.place(of: "remote"),
+            "\(end.address) is the remote of \(earlier.place(of: "remote").keyPath) too, and a vnetp link is known by "
+              + "its remote's address alone",
+            "use one vnetp link for each address, or encapsulation = \"vxlan\"")
+          break
+        }
         guard let shared = mine.first(where: theirs.contains) else { continue }
         reader.report(
           fields.place(of: "remote"),
@@ -164,6 +189,287 @@ extension Draft {
 
   private func carried(by link: Fields) -> [String]? {
     link.isInvalid("domains") ? nil : link.strings("domains") ?? domainNames
+  }
+
+  private func isVNETP(_ link: Fields) -> Bool {
+    link.string("encapsulation") == Configuration.Encapsulation.vnetp.rawValue
+  }
+
+  /// What a link's encapsulation has no place for.
+  private mutating func checkLinks() {
+    for fields in links where isVNETP(fields) {
+      if let names = fields.strings("domains"), names.count > 1 {
+        reader.report(
+          fields.place(of: "domains"), "a vnetp link carries one domain, for its frames bear no VNI",
+          "name one domain, use a link for each, or encapsulation = \"vxlan\"")
+      } else if fields.isAbsent("domains"), domains.count > 1 {
+        reader.report(
+          fields.place(of: "domains"),
+          "it is missing, and a vnetp link carries one domain of the \(domains.count)",
+          "set it to one of \(domainNames.map { "[\"\($0)\"]" }.joined(separator: ", "))")
+      }
+      if fields.isWritten("reserved_bits") {
+        reader.report(
+          fields.place(of: "reserved_bits"), "a vnetp link has no header with reserved bits", "leave it out")
+      }
+    }
+    let port = underlay.integer("vnetp_port")
+    if let port, port == underlay.integer("vxlan_port"),
+      underlay.isWritten("vnetp_port") || links.contains(where: isVNETP)
+    {
+      let key = underlay.isWritten("vnetp_port") ? "vnetp_port" : "vxlan_port"
+      let other = key == "vnetp_port" ? "vxlan_port" : "vnetp_port"
+      reader.report(
+        underlay.place(of: key), "\(port) is \(other) too, and a datagram's port says how it is encapsulated",
+        "use another port")
+    }
+    for fields in links where fields.boolean("relay") == true {
+      let ruled = (carried(by: fields) ?? []).filter { forwarding(of: $0) == .routes }
+      guard !ruled.isEmpty else { continue }
+      reader.warn(
+        fields.place(of: "relay"),
+        "it does nothing in \(ruled.map { "\"\($0)\"" }.joined(separator: " and ")), where rules alone decide",
+        "leave it out, or use forwarding = \"learning\"")
+    }
+  }
+
+  /// How a domain forwards; nil where there is none of the name.
+  private func forwarding(of domain: String) -> Configuration.Forwarding? {
+    domains.first { $0.string("name") == domain }?.string("forwarding").flatMap(
+      Configuration.Forwarding.init(rawValue:))
+  }
+
+  /// A VXLAN link takes less than VNET/P, whose limit is the table's.
+  private mutating func checkMTUs() {
+    for fields in ports {
+      guard let bytes = fields.integer("mtu"), bytes > Schema.mtuBytesMaxVXLAN, let domain = domain(of: fields),
+        let link = links.first(where: { !isVNETP($0) && carried(by: $0)?.contains(domain) == true })
+      else { continue }
+      reader.report(
+        fields.place(of: "mtu"), "\(bytes) is more than \(link.place.keyPath) can carry, which is vxlan",
+        "use at most \(Schema.mtuBytesMaxVXLAN)")
+    }
+  }
+
+  /// The domain that a port belongs to; nil where it has none or it is not known.
+  private func domain(of port: Fields) -> String? {
+    if port.isInvalid("domain") || (port.isAbsent("domain") && wiring(of: port) != nil) { return nil }
+    return port.string("domain") ?? (domains.count == 1 ? domainNames.first : nil)
+  }
+
+  /// The guests' addresses, by the index of the port.
+  private mutating func makeMACs() -> [MACAddress?] {
+    var owners: [MACAddress: Place] = [:]
+    return ports.map { fields -> MACAddress? in
+      guard let text = fields.string("mac") else { return nil }
+      let place = fields.place(of: "mac")
+      guard let mac = MACAddress(text) else {
+        reader.report(place, "\"\(text.printable)\" is no MAC address", "use such as \"02:00:00:00:00:0a\"")
+        return nil
+      }
+      if mac.isMulticast || mac.isZero {
+        reader.report(
+          place, "\(mac) is \(mac.isZero ? "nobody's address" : "a group address")", "use the guest's own address")
+      } else if let owner = owners[mac] {
+        reader.report(place, "\(mac) is taken by \(owner.keyPath)", "give each guest an address of its own")
+      } else {
+        owners[mac] = place
+      }
+      return mac
+    }
+  }
+}
+
+// MARK: - Passthroughs
+
+extension Draft {
+  /// The first passthrough that a port is an end of; nil where there is none.
+  private func wiring(of port: Fields) -> Fields? {
+    guard let name = port.string("name") else { return nil }
+    return passthroughs.first { $0.string("a") == name || $0.string("b") == name }
+  }
+
+  private mutating func checkPassthroughs() {
+    let names = ports.compactMap { $0.string("name") }
+    var ends: [String: Place] = [:]
+    for fields in passthroughs {
+      for key in ["a", "b"] {
+        guard let name = fields.string(key) else { continue }
+        let place = fields.place(of: key)
+        guard let port = ports.first(where: { $0.string("name") == name }) else {
+          // Where a port's own name could not be read, it may be the one that is meant.
+          guard !ports.contains(where: { $0.isInvalid("name") }) else { continue }
+          let isLink = links.contains { $0.string("name") == name }
+          reader.report(
+            place, isLink ? "\"\(name)\" is a link" : "no port is called \"\(name.printable)\"",
+            isLink ? "name a port: a link needs a domain" : remedy(for: name, in: names, called: "ports"))
+          continue
+        }
+        if key == "b", fields.string("a") == name {
+          reader.report(place, "\"\(name)\" is wired to itself", "name another port")
+          continue
+        }
+        if let other = ends[name] {
+          reader.report(
+            place, "\"\(name)\" is wired at \(other.keyPath) already", "name a port once: a passthrough has two ends")
+          continue
+        }
+        ends[name] = place
+        if let domain = port.string("domain") {
+          reader.report(
+            place, "\"\(name)\" is in domain \"\(domain.printable)\" (\(port.place(of: "domain").keyPath))",
+            "take the port's domain out, or the passthrough: it is one or the other")
+        }
+      }
+    }
+  }
+}
+
+// MARK: - Routes
+
+extension Draft {
+  private mutating func makeRoutes() -> [Configuration.Route] {
+    var owners: [Configuration.Route: Place] = [:]
+    var made: [Configuration.Route] = []
+    for fields in routes {
+      let domain = makeDomain(ofRoute: fields)
+      let patterns = makePatterns(ofRoute: fields)
+      var from: Configuration.InterfaceName?
+      var isFromKnown = fields.string("from") == "any"
+      if !isFromKnown, let name = makeInterface(fields, "from", ["any", "port:NAME", "link:NAME"], domain: domain) {
+        from = name
+        isFromKnown = true
+      }
+      let to = makeInterface(fields, "to", ["port:NAME", "link:NAME"], domain: domain)
+      if let to, from == to {
+        reader.report(
+          fields.place(of: "to"), "\(to) is where the frame came from, and none goes back there",
+          "name another port or link")
+        continue
+      }
+      guard let domain, let patterns, isFromKnown, let to else { continue }
+      let route = Configuration.Route(
+        domain: domain, source: patterns.source, destination: patterns.destination, from: from, to: to)
+      if let owner = owners[route] {
+        reader.report(fields.place, "it is the same rule as \(owner.keyPath)", "leave one of them out")
+      } else {
+        owners[route] = fields.place
+      }
+      made.append(route)
+    }
+    for fields in domains where fields.string("forwarding") == Configuration.Forwarding.routes.rawValue {
+      // A rule whose domain could not be read may be for this one.
+      guard let name = fields.string("name"), !made.contains(where: { $0.domain == name }), reader.errors.isEmpty else {
+        continue
+      }
+      reader.warn(
+        fields.place(of: "forwarding"), "\"\(name)\" has no rule: it drops every frame",
+        "add a [[route]] for it, or use forwarding = \"learning\"")
+    }
+    return made
+  }
+
+  /// The domain that a rule is for; nil where it is not known, which was reported.
+  private mutating func makeDomain(ofRoute fields: Fields) -> String? {
+    guard !fields.isInvalid("domain") else { return nil }
+    guard let name = fields.string("domain") ?? (domains.count == 1 ? domainNames.first : nil) else {
+      if domains.count > 1 { reportMissingDomain(fields) }
+      return nil
+    }
+    let place = fields.place(of: "domain")
+    guard domainNames.contains(name) else {
+      checkDomainExists(name, at: place)
+      return nil
+    }
+    if let forwarding = forwarding(of: name), forwarding != .routes {
+      reader.report(
+        place, "domain \"\(name)\" has forwarding = \"\(forwarding.rawValue)\", which follows no rules",
+        "set its forwarding to \"routes\", or leave the rule out")
+      return nil
+    }
+    return name
+  }
+
+  private mutating func makePatterns(
+    ofRoute fields: Fields
+  ) -> (source: Configuration.MACPattern, destination: Configuration.MACPattern)? {
+    let source = makePattern(fields, "source")
+    let destination = makePattern(fields, "destination")
+    guard let source, let destination else { return nil }
+    guard Configuration.MACPattern.haveScore(source: source, destination: destination) else {
+      reader.report(
+        fields.place(of: source == .none ? "source" : "destination"),
+        "VNET/P has no rule with source \(source.qualifier) and destination \(destination.qualifier)",
+        source == .none
+          ? "use an address, not-ADDRESS or any"
+          : "with source \(source.qualifier) use \(source == .any ? "an address, not-ADDRESS or any" : "an address or any")"
+      )
+      return nil
+    }
+    return (source, destination)
+  }
+
+  private mutating func makePattern(_ fields: Fields, _ key: String) -> Configuration.MACPattern? {
+    guard let text = fields.string(key) else { return nil }
+    guard let pattern = Configuration.MACPattern(text) else {
+      reader.report(
+        fields.place(of: key), "\"\(text.printable)\" is no MAC pattern",
+        "use \"any\", \"none\", such as \"02:00:00:00:00:0a\", or \"not-02:00:00:00:00:0a\"")
+      return nil
+    }
+    if key == "source", case .exact(let mac) = pattern, mac.isMulticast || mac.isZero {
+      reader.report(
+        fields.place(of: key), "no frame comes from \(mac), which is \(mac.isZero ? "nobody's" : "a group") address",
+        "use a guest's address")
+      return nil
+    }
+    return pattern
+  }
+
+  /// A port or a link of the domain; nil where it is none, which was reported.
+  private mutating func makeInterface(
+    _ fields: Fields, _ key: String, _ forms: [String], domain: String?
+  ) -> Configuration.InterfaceName? {
+    guard let text = fields.string(key) else { return nil }
+    let place = fields.place(of: key)
+    guard let interface = Configuration.InterfaceName(text) else {
+      let words = forms.map { "\"\($0)\"" }
+      reader.report(
+        place, "\"\(text.printable)\" is no \(key == "from" ? "origin" : "port or link")",
+        "use \(words.dropLast().joined(separator: ", ")) or \(words[words.count - 1])")
+      return nil
+    }
+    let (sections, name, what) =
+      switch interface {
+      case .port(let name): (ports, name, "port")
+      case .link(let name): (links, name, "link")
+      }
+    guard let section = sections.first(where: { $0.string("name") == name }) else {
+      // Where a name could not be read, it may be the one that is meant.
+      guard !sections.contains(where: { $0.isInvalid("name") }) else { return nil }
+      let isOther = (ports + links).contains { $0.string("name") == name }
+      let other = what == "port" ? "link" : "port"
+      reader.report(
+        place, isOther ? "\"\(name)\" is a \(other)" : "no \(what) is called \"\(name.printable)\"",
+        isOther
+          ? "write \"\(other):\(name)\""
+          : remedy(for: name, in: sections.compactMap { $0.string("name") }, called: "\(what)s"))
+      return nil
+    }
+    guard let domain else { return interface }
+    switch interface {
+    case .port:
+      guard !section.isInvalid("domain"), self.domain(of: section) != domain else { return interface }
+      let its = self.domain(of: section).map { "it is in \"\($0.printable)\"" } ?? "it is in none"
+      reader.report(
+        place, "port \"\(name)\" is not in domain \"\(domain)\": \(its)", "name a port or link of that domain")
+    case .link:
+      guard let carried = carried(by: section), !carried.contains(domain) else { return interface }
+      reader.report(
+        place, "link \"\(name)\" does not carry domain \"\(domain)\"",
+        "add it to \(section.place(of: "domains").keyPath), or name a port or link of that domain")
+    }
+    return nil
   }
 }
 
@@ -216,7 +522,7 @@ extension Draft {
         ends.remotes.append(nil)
         continue
       }
-      let port = candidates.port ?? UInt16(underlay.integer("vxlan_port") ?? 0)
+      let port = candidates.port ?? UInt16(receivePort(of: fields) ?? 0)
       guard isLocalGiven else {
         let routed = candidates.addresses.lazy.compactMap { remote in
           environment.localAddress(remote).map { (remote: remote, local: $0) }
@@ -295,9 +601,14 @@ extension Draft {
     }
   }
 
+  /// The port that a link's encapsulation is received on.
+  private func receivePort(of link: Fields) -> Int? {
+    underlay.integer(isVNETP(link) ? "vnetp_port" : "vxlan_port")
+  }
+
   private mutating func checkLinksToSelf(_ ends: Ends) {
     for (fields, end) in zip(links, ends.remotes) {
-      guard let end, ends.locals.contains(end.address), Int(end.port) == underlay.integer("vxlan_port") else {
+      guard let end, ends.locals.contains(end.address), Int(end.port) == receivePort(of: fields) else {
         continue
       }
       reader.report(fields.place(of: "remote"), "\(end) is this node itself", "use the other node's address")
@@ -309,16 +620,15 @@ extension Draft {
 
 extension Draft {
   /// nil where something was reported.
-  private mutating func makeTuning() -> Configuration.Tuning? {
+  private mutating func makeTuning(_ environment: ConfigurationEnvironment) -> Configuration.Tuning? {
     if let upper = tuning.integer("dispatch_upper_fps"), let lower = tuning.integer("dispatch_lower_fps"), lower > upper
     {
       reader.report(
         tuning.place(of: "dispatch_lower_fps"), "\(lower) is above dispatch_upper_fps, which is \(upper)",
         "use at most \(upper)")
     }
-    var cpus: [Int]?
-    if let text = tuning.string("cpus"), text != "auto" { cpus = makeCPUs(text, at: tuning.place(of: "cpus")) }
-    guard let layout = choice("layout", Configuration.Layout.self),
+    let cpus = makeCPUs(environment)
+    guard let cpus, let layout = choice("layout", Configuration.Layout.self),
       let dispatch = choice("dispatch", Configuration.Dispatch.self),
       let yield = choice("yield", Configuration.Yield.self),
       let io = choice("io", Configuration.IO.self),
@@ -329,6 +639,7 @@ extension Draft {
       let batchWait = tuning.integer("batch_wait_us"),
       let spin = tuning.integer("spin_us"),
       let slots = tuning.integer("slots"),
+      let ringBatch = tuning.integer("ring_batch_frames"),
       let sendBuffer = tuning.integer("send_buffer_bytes"),
       let receiveBuffer = tuning.integer("receive_buffer_bytes"),
       let upper = tuning.integer("dispatch_upper_fps"),
@@ -339,6 +650,7 @@ extension Draft {
     return Configuration.Tuning(
       layout: layout, cpus: cpus, dispatch: dispatch, yield: yield, io: io, ringEntries: ringEntries,
       batchFrames: batchFrames, batchWaitMicroseconds: batchWait, spinMicroseconds: spin, slots: slots,
+      ringDepthFrames: tuning.integer("ring_depth_frames") ?? slots, ringBatchFrames: ringBatch,
       sendBufferBytes: sendBuffer, receiveBufferBytes: receiveBuffer, dispatchUpperFramesPerSecond: upper,
       dispatchLowerFramesPerSecond: lower, dispatchPeriodMilliseconds: period, sourcePorts: sourcePorts,
       hugePages: hugePages,
@@ -349,36 +661,80 @@ extension Draft {
     tuning.string(key).flatMap(Words.init(rawValue:))
   }
 
-  private mutating func makeCPUs(_ text: String, at place: Place) -> [Int]? {
-    if isStageList(text) {
-      reader.report(
-        place, "CPUs by stage are not supported yet by this version", "list them, such as \"0,1\", or use \"auto\"")
+  /// nil where something was reported.
+  private mutating func makeCPUs(_ environment: ConfigurationEnvironment) -> Configuration.CPUs? {
+    guard let text = tuning.string("cpus") else { return nil }
+    let place = tuning.place(of: "cpus")
+    let cpus: Configuration.CPUs
+    do throws(Configuration.CPUs.Objection) {
+      cpus = try Configuration.CPUs(text)
+    } catch {
+      reader.report(place, error.problem, error.remedy)
       return nil
     }
-    var cpus: [Int] = []
-    for part in text.split(separator: ",", omittingEmptySubsequences: false) {
-      guard let cpu = Int(part), part.utf8.allSatisfy({ $0 >= 0x30 && $0 <= 0x39 }), cpu <= Schema.cpuMax else {
+    let layout = choice("layout", Configuration.Layout.self) ?? .auto
+    switch (cpus, layout) {
+    case (.stages, .fused):
+      reader.report(
+        place, "CPUs by stage do not go with layout = \"fused\", in which each worker runs all stages",
+        "list them, such as \"\(cpus.all.map(String.init).joined(separator: ","))\", or use layout = \"pipeline\"")
+      return nil
+    case (.list(let list), .pipeline):
+      reader.report(
+        place, "a plain list does not say which stage is where, as layout = \"pipeline\" needs",
+        "name the stages, such as \"\(Self.stagesExample(list))\", or use layout = \"fused\"")
+      return nil
+    default: break
+    }
+    let allowed = environment.cpusAllowed()
+    guard checkUsable(cpus.all, allowed: allowed, online: environment.cpusOnline(), at: place) else { return nil }
+    if case .stages(let receive, let route, let transmit) = cpus {
+      let workers = WorkerSet(receive: receive, route: route, transmit: transmit)
+      for (worker, role) in workers.idleStages {
+        let before = role == .route ? Roles.receive : .route
         reader.report(
-          place, "\"\(text.printable)\" is no list of CPUs",
-          "list numbers from 0 to \(Schema.cpuMax), such as \"0,1\", or use \"auto\"")
-        return nil
+          place,
+          "\(role) on CPU \(workers.workers[worker].cpu) would get no frames: each CPU that runs \(before) runs "
+            + "\(role) too, and keeps its frames",
+          "take that CPU out of \(role), or give \(before) a CPU without \(role)")
       }
-      if cpus.contains(cpu) {
-        reader.report(place, "CPU \(cpu) comes twice", "name it once: each worker has a CPU of its own")
-        return nil
+    }
+    if let dispatch = choice("dispatch", Configuration.Dispatch.self) {
+      // The queues decide how many workers a fused layout has, which is never a reason to warn.
+      let choice = WorkerSet.choose(layout: layout, cpus: cpus, dispatch: dispatch, queuesMax: 1, allowed: allowed)
+      for warning in choice.warnings {
+        reader.warn(place, warning, "give each stage CPUs of its own, or use layout = \"fused\"")
       }
-      cpus.append(cpu)
     }
     return cpus
   }
 
-  /// Whether the text is of the form `rx=0 route=1 tx=2`.
-  private func isStageList(_ text: String) -> Bool {
-    let parts = text.split(separator: " ")
-    return !parts.isEmpty
-      && parts.allSatisfy { part in
-        ["rx=", "route=", "tx="].contains { part.hasPrefix($0) && !part.dropFirst($0.count).isEmpty }
-      }
+  /// A form by stage of a plain list: the stages share its CPUs where there are too few.
+  private static func stagesExample(_ cpus: [Int]) -> String {
+    let names = Configuration.CPUs.stageNames
+    return names.indices.map { "\(names[$0])=\(cpus[min($0, cpus.count - 1)])" }.joined(separator: " ")
+  }
+
+  /// Whether workers can be pinned to all of these.
+  private mutating func checkUsable(_ cpus: [Int], allowed: [Int], online: [Int]?, at place: Place) -> Bool {
+    func numbers(_ cpus: [Int]) -> String { "CPU \(cpus.map(String.init).joined(separator: ", "))" }
+    let remedy = "use some of \(kernelList(ofCPUs: allowed)), or \"auto\""
+    let absent = cpus.filter { online?.contains($0) == false }
+    let forbidden = cpus.filter { !absent.contains($0) && !allowed.contains($0) && !allowed.isEmpty }
+    if let online, !absent.isEmpty {
+      reader.report(
+        place,
+        "\(numbers(absent)): this machine does not have it, or it is offline: it runs \(kernelList(ofCPUs: online))",
+        remedy)
+    }
+    if !forbidden.isEmpty {
+      reader.report(
+        place,
+        "\(numbers(forbidden)): this process may not use it: its affinity or its cgroup's cpuset has "
+          + kernelList(ofCPUs: allowed),
+        "\(remedy), or let it use more (taskset, AllowedCPUs= of the unit, the container's cpuset)")
+    }
+    return absent.isEmpty && forbidden.isEmpty
   }
 }
 
@@ -387,35 +743,43 @@ extension Draft {
 extension Draft {
   /// Called with nothing wrong: every key has a value or a derived default.
   private func make(
-    _ tuning: Configuration.Tuning?, _ underlayWritten: [UnderlayAddress], _ ends: Ends,
-    _ environment: ConfigurationEnvironment
+    _ tuning: Configuration.Tuning?, _ underlayWritten: [UnderlayAddress], _ ends: Ends, _ macs: [MACAddress?],
+    _ routes: [Configuration.Route], _ environment: ConfigurationEnvironment
   ) -> Configuration {
     guard let tuning else { preconditionFailure("a tuning key without a value was not reported") }
     let names = domainNames
     return Configuration(
       node: .init(name: node.string("name") ?? environment.hostName()),
-      underlay: .init(addresses: ends.locals, vxlanPort: UInt16(underlay.known("vxlan_port", Fields.integer))),
+      underlay: .init(
+        addresses: ends.locals, vxlanPort: UInt16(underlay.known("vxlan_port", Fields.integer)),
+        vnetpPort: UInt16(underlay.known("vnetp_port", Fields.integer))),
       domains: domains.map { fields in
         Configuration.Domain(
           name: fields.known("name", Fields.string), vni: UInt32(fields.known("vni", Fields.integer)),
           forwarding: fields.word("forwarding"), ageingSeconds: fields.known("ageing_s", Fields.integer),
-          macsMax: fields.known("macs_max", Fields.integer))
+          macsMax: fields.known("macs_max", Fields.integer),
+          floodFramesPerSecondMax: fields.known("flood_frames_per_second_max", Fields.integer))
       },
-      ports: ports.map { fields in
+      ports: zip(ports, macs).map { fields, mac in
         let name = fields.known("name", Fields.string)
         return Configuration.Port(
           name: name, kind: fields.word("kind"), device: fields.string("device") ?? name,
-          domain: fields.string("domain") ?? names[0], queues: fields.known("queues", Fields.integer),
-          mtuBytes: fields.integer("mtu"))
+          domain: domain(of: fields), queues: fields.known("queues", Fields.integer),
+          mtuBytes: fields.integer("mtu"), mac: mac)
       },
       links: zip(links, ends.remotes).map { fields, remote in
         guard let remote else { preconditionFailure("a link without a remote was not reported") }
         let carried = fields.strings("domains") ?? names
         return Configuration.Link(
           name: fields.known("name", Fields.string), remote: remote, encapsulation: fields.word("encapsulation"),
-          domains: names.filter(carried.contains), reservedBits: fields.word("reserved_bits"))
+          domains: names.filter(carried.contains), isRelay: fields.known("relay", Fields.boolean),
+          fragments: fields.boolean("fragment") ?? isVNETP(fields), reservedBits: fields.word("reserved_bits"))
       },
-      tuning: tuning)
+      routes: routes,
+      passthroughs: passthroughs.map { fields in
+        Configuration.Passthrough(a: fields.known("a", Fields.string), b: fields.known("b", Fields.string))
+      },
+      tuning: tuning, warnings: reader.warnings.map(\.description))
   }
 }
 
