@@ -48,6 +48,7 @@ struct Draft {
     let ends = makeEnds(underlay, environment)
     checkLinksSharingDomains(ends)
     checkLinks()
+    checkQueues()
     checkMTUs()
     let routes = makeRoutes()
     guard reader.errors.isEmpty else { throw ConfigurationErrors(errors: reader.errors) }
@@ -147,15 +148,15 @@ extension Draft {
     }
   }
 
-  private mutating func reportMissingDomain(_ fields: Fields) {
+  mutating func reportMissingDomain(_ fields: Fields) {
     reader.report(
       fields.place(of: "domain"), "it is missing, and there are \(domains.count) domains",
       "set it to one of \(domainNames.joined(separator: ", "))")
   }
 
-  private var domainNames: [String] { domains.compactMap { $0.string("name") } }
+  var domainNames: [String] { domains.compactMap { $0.string("name") } }
 
-  private mutating func checkDomainExists(_ name: String, at place: Place) {
+  mutating func checkDomainExists(_ name: String, at place: Place) {
     // Where a domain's own name could not be read, it may be the one that is meant.
     guard !domainNames.contains(name), !domains.contains(where: { $0.isInvalid("name") }) else { return }
     reader.report(
@@ -187,7 +188,7 @@ extension Draft {
     }
   }
 
-  private func carried(by link: Fields) -> [String]? {
+  func carried(by link: Fields) -> [String]? {
     link.isInvalid("domains") ? nil : link.strings("domains") ?? domainNames
   }
 
@@ -234,9 +235,17 @@ extension Draft {
   }
 
   /// How a domain forwards; nil where there is none of the name.
-  private func forwarding(of domain: String) -> Configuration.Forwarding? {
+  func forwarding(of domain: String) -> Configuration.Forwarding? {
     domains.first { $0.string("name") == domain }?.string("forwarding").flatMap(
       Configuration.Forwarding.init(rawValue:))
+  }
+
+  /// A packet socket has no queues to share.
+  private mutating func checkQueues() {
+    for fields in ports where fields.string("kind") == Configuration.PortKind.packet.rawValue {
+      guard let queues = fields.integer("queues"), queues > 1 else { continue }
+      reader.report(fields.place(of: "queues"), "a packet port has one queue", "leave it out")
+    }
   }
 
   /// A VXLAN link takes less than VNET/P, whose limit is the table's.
@@ -252,7 +261,7 @@ extension Draft {
   }
 
   /// The domain that a port belongs to; nil where it has none or it is not known.
-  private func domain(of port: Fields) -> String? {
+  func domain(of port: Fields) -> String? {
     if port.isInvalid("domain") || (port.isAbsent("domain") && wiring(of: port) != nil) { return nil }
     return port.string("domain") ?? (domains.count == 1 ? domainNames.first : nil)
   }
@@ -277,199 +286,6 @@ extension Draft {
       }
       return mac
     }
-  }
-}
-
-// MARK: - Passthroughs
-
-extension Draft {
-  /// The first passthrough that a port is an end of; nil where there is none.
-  private func wiring(of port: Fields) -> Fields? {
-    guard let name = port.string("name") else { return nil }
-    return passthroughs.first { $0.string("a") == name || $0.string("b") == name }
-  }
-
-  private mutating func checkPassthroughs() {
-    let names = ports.compactMap { $0.string("name") }
-    var ends: [String: Place] = [:]
-    for fields in passthroughs {
-      for key in ["a", "b"] {
-        guard let name = fields.string(key) else { continue }
-        let place = fields.place(of: key)
-        guard let port = ports.first(where: { $0.string("name") == name }) else {
-          // Where a port's own name could not be read, it may be the one that is meant.
-          guard !ports.contains(where: { $0.isInvalid("name") }) else { continue }
-          let isLink = links.contains { $0.string("name") == name }
-          reader.report(
-            place, isLink ? "\"\(name)\" is a link" : "no port is called \"\(name.printable)\"",
-            isLink ? "name a port: a link needs a domain" : remedy(for: name, in: names, called: "ports"))
-          continue
-        }
-        if key == "b", fields.string("a") == name {
-          reader.report(place, "\"\(name)\" is wired to itself", "name another port")
-          continue
-        }
-        if let other = ends[name] {
-          reader.report(
-            place, "\"\(name)\" is wired at \(other.keyPath) already", "name a port once: a passthrough has two ends")
-          continue
-        }
-        ends[name] = place
-        if let domain = port.string("domain") {
-          reader.report(
-            place, "\"\(name)\" is in domain \"\(domain.printable)\" (\(port.place(of: "domain").keyPath))",
-            "take the port's domain out, or the passthrough: it is one or the other")
-        }
-      }
-    }
-  }
-}
-
-// MARK: - Routes
-
-extension Draft {
-  private mutating func makeRoutes() -> [Configuration.Route] {
-    var owners: [Configuration.Route: Place] = [:]
-    var made: [Configuration.Route] = []
-    for fields in routes {
-      let domain = makeDomain(ofRoute: fields)
-      let patterns = makePatterns(ofRoute: fields)
-      var from: Configuration.InterfaceName?
-      var isFromKnown = fields.string("from") == "any"
-      if !isFromKnown, let name = makeInterface(fields, "from", ["any", "port:NAME", "link:NAME"], domain: domain) {
-        from = name
-        isFromKnown = true
-      }
-      let to = makeInterface(fields, "to", ["port:NAME", "link:NAME"], domain: domain)
-      if let to, from == to {
-        reader.report(
-          fields.place(of: "to"), "\(to) is where the frame came from, and none goes back there",
-          "name another port or link")
-        continue
-      }
-      guard let domain, let patterns, isFromKnown, let to else { continue }
-      let route = Configuration.Route(
-        domain: domain, source: patterns.source, destination: patterns.destination, from: from, to: to)
-      if let owner = owners[route] {
-        reader.report(fields.place, "it is the same rule as \(owner.keyPath)", "leave one of them out")
-      } else {
-        owners[route] = fields.place
-      }
-      made.append(route)
-    }
-    for fields in domains where fields.string("forwarding") == Configuration.Forwarding.routes.rawValue {
-      // A rule whose domain could not be read may be for this one.
-      guard let name = fields.string("name"), !made.contains(where: { $0.domain == name }), reader.errors.isEmpty else {
-        continue
-      }
-      reader.warn(
-        fields.place(of: "forwarding"), "\"\(name)\" has no rule: it drops every frame",
-        "add a [[route]] for it, or use forwarding = \"learning\"")
-    }
-    return made
-  }
-
-  /// The domain that a rule is for; nil where it is not known, which was reported.
-  private mutating func makeDomain(ofRoute fields: Fields) -> String? {
-    guard !fields.isInvalid("domain") else { return nil }
-    guard let name = fields.string("domain") ?? (domains.count == 1 ? domainNames.first : nil) else {
-      if domains.count > 1 { reportMissingDomain(fields) }
-      return nil
-    }
-    let place = fields.place(of: "domain")
-    guard domainNames.contains(name) else {
-      checkDomainExists(name, at: place)
-      return nil
-    }
-    if let forwarding = forwarding(of: name), forwarding != .routes {
-      reader.report(
-        place, "domain \"\(name)\" has forwarding = \"\(forwarding.rawValue)\", which follows no rules",
-        "set its forwarding to \"routes\", or leave the rule out")
-      return nil
-    }
-    return name
-  }
-
-  private mutating func makePatterns(
-    ofRoute fields: Fields
-  ) -> (source: Configuration.MACPattern, destination: Configuration.MACPattern)? {
-    let source = makePattern(fields, "source")
-    let destination = makePattern(fields, "destination")
-    guard let source, let destination else { return nil }
-    guard Configuration.MACPattern.haveScore(source: source, destination: destination) else {
-      reader.report(
-        fields.place(of: source == .none ? "source" : "destination"),
-        "VNET/P has no rule with source \(source.qualifier) and destination \(destination.qualifier)",
-        source == .none
-          ? "use an address, not-ADDRESS or any"
-          : "with source \(source.qualifier) use \(source == .any ? "an address, not-ADDRESS or any" : "an address or any")"
-      )
-      return nil
-    }
-    return (source, destination)
-  }
-
-  private mutating func makePattern(_ fields: Fields, _ key: String) -> Configuration.MACPattern? {
-    guard let text = fields.string(key) else { return nil }
-    guard let pattern = Configuration.MACPattern(text) else {
-      reader.report(
-        fields.place(of: key), "\"\(text.printable)\" is no MAC pattern",
-        "use \"any\", \"none\", such as \"02:00:00:00:00:0a\", or \"not-02:00:00:00:00:0a\"")
-      return nil
-    }
-    if key == "source", case .exact(let mac) = pattern, mac.isMulticast || mac.isZero {
-      reader.report(
-        fields.place(of: key), "no frame comes from \(mac), which is \(mac.isZero ? "nobody's" : "a group") address",
-        "use a guest's address")
-      return nil
-    }
-    return pattern
-  }
-
-  /// A port or a link of the domain; nil where it is none, which was reported.
-  private mutating func makeInterface(
-    _ fields: Fields, _ key: String, _ forms: [String], domain: String?
-  ) -> Configuration.InterfaceName? {
-    guard let text = fields.string(key) else { return nil }
-    let place = fields.place(of: key)
-    guard let interface = Configuration.InterfaceName(text) else {
-      let words = forms.map { "\"\($0)\"" }
-      reader.report(
-        place, "\"\(text.printable)\" is no \(key == "from" ? "origin" : "port or link")",
-        "use \(words.dropLast().joined(separator: ", ")) or \(words[words.count - 1])")
-      return nil
-    }
-    let (sections, name, what) =
-      switch interface {
-      case .port(let name): (ports, name, "port")
-      case .link(let name): (links, name, "link")
-      }
-    guard let section = sections.first(where: { $0.string("name") == name }) else {
-      // Where a name could not be read, it may be the one that is meant.
-      guard !sections.contains(where: { $0.isInvalid("name") }) else { return nil }
-      let isOther = (ports + links).contains { $0.string("name") == name }
-      let other = what == "port" ? "link" : "port"
-      reader.report(
-        place, isOther ? "\"\(name)\" is a \(other)" : "no \(what) is called \"\(name.printable)\"",
-        isOther
-          ? "write \"\(other):\(name)\""
-          : remedy(for: name, in: sections.compactMap { $0.string("name") }, called: "\(what)s"))
-      return nil
-    }
-    guard let domain else { return interface }
-    switch interface {
-    case .port:
-      guard !section.isInvalid("domain"), self.domain(of: section) != domain else { return interface }
-      let its = self.domain(of: section).map { "it is in \"\($0.printable)\"" } ?? "it is in none"
-      reader.report(
-        place, "port \"\(name)\" is not in domain \"\(domain)\": \(its)", "name a port or link of that domain")
-    case .link:
-      guard let carried = carried(by: section), !carried.contains(domain) else { return interface }
-      reader.report(
-        place, "link \"\(name)\" does not carry domain \"\(domain)\"",
-        "add it to \(section.place(of: "domains").keyPath), or name a port or link of that domain")
-    }
-    return nil
   }
 }
 
@@ -613,128 +429,6 @@ extension Draft {
       }
       reader.report(fields.place(of: "remote"), "\(end) is this node itself", "use the other node's address")
     }
-  }
-}
-
-// MARK: - Tuning
-
-extension Draft {
-  /// nil where something was reported.
-  private mutating func makeTuning(_ environment: ConfigurationEnvironment) -> Configuration.Tuning? {
-    if let upper = tuning.integer("dispatch_upper_fps"), let lower = tuning.integer("dispatch_lower_fps"), lower > upper
-    {
-      reader.report(
-        tuning.place(of: "dispatch_lower_fps"), "\(lower) is above dispatch_upper_fps, which is \(upper)",
-        "use at most \(upper)")
-    }
-    let cpus = makeCPUs(environment)
-    guard let cpus, let layout = choice("layout", Configuration.Layout.self),
-      let dispatch = choice("dispatch", Configuration.Dispatch.self),
-      let yield = choice("yield", Configuration.Yield.self),
-      let io = choice("io", Configuration.IO.self),
-      let hugePages = choice("huge_pages", Configuration.HugePages.self),
-      let without = tuning.strings("without"),
-      let ringEntries = tuning.integer("ring_entries"),
-      let batchFrames = tuning.integer("batch_frames"),
-      let batchWait = tuning.integer("batch_wait_us"),
-      let spin = tuning.integer("spin_us"),
-      let slots = tuning.integer("slots"),
-      let ringBatch = tuning.integer("ring_batch_frames"),
-      let sendBuffer = tuning.integer("send_buffer_bytes"),
-      let receiveBuffer = tuning.integer("receive_buffer_bytes"),
-      let upper = tuning.integer("dispatch_upper_fps"),
-      let lower = tuning.integer("dispatch_lower_fps"),
-      let period = tuning.integer("dispatch_period_ms"),
-      let sourcePorts = tuning.integer("source_ports")
-    else { return nil }
-    return Configuration.Tuning(
-      layout: layout, cpus: cpus, dispatch: dispatch, yield: yield, io: io, ringEntries: ringEntries,
-      batchFrames: batchFrames, batchWaitMicroseconds: batchWait, spinMicroseconds: spin, slots: slots,
-      ringDepthFrames: tuning.integer("ring_depth_frames") ?? slots, ringBatchFrames: ringBatch,
-      sendBufferBytes: sendBuffer, receiveBufferBytes: receiveBuffer, dispatchUpperFramesPerSecond: upper,
-      dispatchLowerFramesPerSecond: lower, dispatchPeriodMilliseconds: period, sourcePorts: sourcePorts,
-      hugePages: hugePages,
-      without: UringFeatures(UringFeatures.names.filter { without.contains($0.name) }.map(\.feature)))
-  }
-
-  private func choice<Words: RawRepresentable<String>>(_ key: String, _ type: Words.Type) -> Words? {
-    tuning.string(key).flatMap(Words.init(rawValue:))
-  }
-
-  /// nil where something was reported.
-  private mutating func makeCPUs(_ environment: ConfigurationEnvironment) -> Configuration.CPUs? {
-    guard let text = tuning.string("cpus") else { return nil }
-    let place = tuning.place(of: "cpus")
-    let cpus: Configuration.CPUs
-    do throws(Configuration.CPUs.Objection) {
-      cpus = try Configuration.CPUs(text)
-    } catch {
-      reader.report(place, error.problem, error.remedy)
-      return nil
-    }
-    let layout = choice("layout", Configuration.Layout.self) ?? .auto
-    switch (cpus, layout) {
-    case (.stages, .fused):
-      reader.report(
-        place, "CPUs by stage do not go with layout = \"fused\", in which each worker runs all stages",
-        "list them, such as \"\(cpus.all.map(String.init).joined(separator: ","))\", or use layout = \"pipeline\"")
-      return nil
-    case (.list(let list), .pipeline):
-      reader.report(
-        place, "a plain list does not say which stage is where, as layout = \"pipeline\" needs",
-        "name the stages, such as \"\(Self.stagesExample(list))\", or use layout = \"fused\"")
-      return nil
-    default: break
-    }
-    let allowed = environment.cpusAllowed()
-    guard checkUsable(cpus.all, allowed: allowed, online: environment.cpusOnline(), at: place) else { return nil }
-    if case .stages(let receive, let route, let transmit) = cpus {
-      let workers = WorkerSet(receive: receive, route: route, transmit: transmit)
-      for (worker, role) in workers.idleStages {
-        let before = role == .route ? Roles.receive : .route
-        reader.report(
-          place,
-          "\(role) on CPU \(workers.workers[worker].cpu) would get no frames: each CPU that runs \(before) runs "
-            + "\(role) too, and keeps its frames",
-          "take that CPU out of \(role), or give \(before) a CPU without \(role)")
-      }
-    }
-    if let dispatch = choice("dispatch", Configuration.Dispatch.self) {
-      // The queues decide how many workers a fused layout has, which is never a reason to warn.
-      let choice = WorkerSet.choose(layout: layout, cpus: cpus, dispatch: dispatch, queuesMax: 1, allowed: allowed)
-      for warning in choice.warnings {
-        reader.warn(place, warning, "give each stage CPUs of its own, or use layout = \"fused\"")
-      }
-    }
-    return cpus
-  }
-
-  /// A form by stage of a plain list: the stages share its CPUs where there are too few.
-  private static func stagesExample(_ cpus: [Int]) -> String {
-    let names = Configuration.CPUs.stageNames
-    return names.indices.map { "\(names[$0])=\(cpus[min($0, cpus.count - 1)])" }.joined(separator: " ")
-  }
-
-  /// Whether workers can be pinned to all of these.
-  private mutating func checkUsable(_ cpus: [Int], allowed: [Int], online: [Int]?, at place: Place) -> Bool {
-    func numbers(_ cpus: [Int]) -> String { "CPU \(cpus.map(String.init).joined(separator: ", "))" }
-    let remedy = "use some of \(kernelList(ofCPUs: allowed)), or \"auto\""
-    let absent = cpus.filter { online?.contains($0) == false }
-    let forbidden = cpus.filter { !absent.contains($0) && !allowed.contains($0) && !allowed.isEmpty }
-    if let online, !absent.isEmpty {
-      reader.report(
-        place,
-        "\(numbers(absent)): this machine does not have it, or it is offline: it runs \(kernelList(ofCPUs: online))",
-        remedy)
-    }
-    if !forbidden.isEmpty {
-      reader.report(
-        place,
-        "\(numbers(forbidden)): this process may not use it: its affinity or its cgroup's cpuset has "
-          + kernelList(ofCPUs: allowed),
-        "\(remedy), or let it use more (taskset, AllowedCPUs= of the unit, the container's cpuset)")
-    }
-    return absent.isEmpty && forbidden.isEmpty
   }
 }
 

@@ -64,10 +64,10 @@ struct WorkerSet: Equatable, Sendable {
       + transmitters.filter { !fedTransmitters.contains($0) }.map { ($0, .transmit) }
   }
 
-  /// The workers with several stages, but not all, in words: `route and tx share CPU 1`.
+  /// The workers with several stages, in words: `route and tx share CPU 1`.
   var sharedCPUs: [String] {
     workers.filter { $0.roles.rawValue.nonzeroBitCount > 1 }
-      .map { "\($0.roles.names.joined(separator: " and ")) share CPU \($0.cpu)" }
+      .map { "\($0.roles == .all ? "all stages" : $0.roles.words) share CPU \($0.cpu)" }
   }
 }
 
@@ -155,6 +155,6 @@ extension WorkerSet {
 }
 
 extension Roles {
-  /// The stages by the names that the configuration has for them, in the order of a frame's way.
-  var names: [String] { description.split(separator: "+").map(String.init) }
+  /// `rx and route`.
+  fileprivate var words: String { description.split(separator: "+").joined(separator: " and ") }
 }

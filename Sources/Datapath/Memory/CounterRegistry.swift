@@ -169,8 +169,8 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     case .reassemblyFailures:
       define(
         "reassembly_failures", [.underlay],
-        "Datagrams whose fragments never became whole, of all programs in this network namespace since start: not among "
-          + "in_frames.", unit: "datagrams")
+        "Datagrams whose fragments never became whole, of all programs in this network namespace since start: not "
+          + "among in_frames.", unit: "datagrams")
 
     case .macsLearned: define("macs_learned", [.domain], "MAC addresses entered in the table.", unit: "addresses")
     case .macMoves: define("mac_moves", [.domain], "MAC addresses seen at a new place and followed.", unit: "moves")

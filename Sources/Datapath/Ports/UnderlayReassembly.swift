@@ -7,7 +7,7 @@ extension UnderlaySocket {
   /// Datagrams of which some fragments came and others did not, or did not fit together: of all programs in this
   /// network namespace, since the namespace was made. Allocates: for control only.
   ///
-  /// The kernel's ReasmFails (RFC 4293, ipSystemStatsReasmFails) of both families, in which its ReasmTimeout is counted.
+  /// The kernel's ReasmFails (RFC 4293, ipSystemStatsReasmFails) of both families, which holds its ReasmTimeout.
   public static func reassemblyFailures() -> Int {
     reassemblyFailures(
       snmp: text(ofFile: "/proc/thread-self/net/snmp"), snmp6: text(ofFile: "/proc/thread-self/net/snmp6"))
