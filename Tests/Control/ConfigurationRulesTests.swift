@@ -227,7 +227,7 @@ let soundRules = """
       "passthrough[0].b: \"nic\" is in domain \"green\" (port[2].domain); take the port's domain out, or the "
         + "passthrough: it is one or the other"),
     Mistake(
-      "b = \"nic\"", "b = \"nic\"\n[[passthrough]]\na = \"nic\"\nb = \"vm3\"",
+      "b = \"nic\"", "b = \"nic\"\n[[passthrough]]\na = \"nic\"\nb = \"vm4\"\n[[port]]\nname = \"vm4\"",
       "passthrough[1].a: \"nic\" is wired at passthrough[0].b already; name a port once: a passthrough has two ends"),
     Mistake(
       "name = \"vm3\"", "name = \"vm3\"\n[[port]]\nname = \"vm4\"",
@@ -359,7 +359,7 @@ let soundRules = """
   @Test func anErrorOfARuleNamesTheLineAndColumnOfItsKey() {
     #expect(
       allErrors(soundRules.replacing("to = \"port:vm1\"", with: "  to = \"port:x\"")).map(\.description) == [
-        "f.toml:45:3: route[0].to: no port is called \"x\"; ports: vm1, vm2, nic, vm3"
+        "f.toml:48:3: route[0].to: no port is called \"x\"; ports: vm1, vm2, nic, vm3"
       ])
   }
 
@@ -373,13 +373,13 @@ let soundRules = """
     #expect(
       try warnings(soundRules.replacing("encapsulation = \"vnetp\"", with: "encapsulation = \"vnetp\"\nrelay = true"))
         == [
-          "f.toml:34:1: link[0].relay: it does nothing in \"blue\", where rules alone decide; leave it out, or use "
+          "f.toml:35:1: link[0].relay: it does nothing in \"blue\", where rules alone decide; leave it out, or use "
             + "forwarding = \"learning\""
         ])
     #expect(
       try warnings(soundRules.replacing("rx=0,1 route=2 tx=3", with: "rx=0 route=1 tx=1"))
         == [
-          "f.toml:62:1: tuning.cpus: route and tx share CPU 1: they take turns there, as in layout fused; give each "
+          "f.toml:63:1: tuning.cpus: route and tx share CPU 1: they take turns there, as in layout fused; give each "
             + "stage CPUs of its own, or use layout = \"fused\""
         ])
   }

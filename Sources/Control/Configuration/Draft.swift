@@ -130,7 +130,7 @@ extension Draft {
     for fields in ports {
       if let name = fields.string("domain") {
         checkDomainExists(name, at: fields.place(of: "domain"))
-      } else if fields.isAbsent("domain") && domains.count > 1 && wiring(of: fields) == nil {
+      } else if fields.isAbsent("domain") && domains.count > 1 && wiring(of: fields) == nil && !hasDanglingWire {
         reportMissingDomain(fields)
       }
     }

@@ -9,6 +9,13 @@ extension Draft {
     return passthroughs.first { $0.string("a") == name || $0.string("b") == name }
   }
 
+  /// Whether a passthrough has an end that is no port: any port may be the one that is meant.
+  var hasDanglingWire: Bool {
+    passthroughs.contains { fields in
+      ["a", "b"].contains { key in !ports.contains { $0.string("name") == fields.string(key) } }
+    }
+  }
+
   mutating func checkPassthroughs() {
     let names = ports.compactMap { $0.string("name") }
     var ends: [String: Place] = [:]

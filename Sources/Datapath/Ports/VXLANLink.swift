@@ -55,8 +55,9 @@ public enum UnderlaySocket {
   private static let busyRetryMicroseconds: UInt32 = 20_000
 
   /// The least send buffer of a socket whose datagrams are fragmented, before the kernel doubles it: the fragments of
-  /// the longest one, each with the kernel's bookkeeping, must fit at once or the send fails (ENOBUFS).
-  static let fragmentingBufferBytesMin = 262_144
+  /// the longest one, each with the kernel's bookkeeping, must fit at once or the send fails (ENOBUFS). At an MTU of
+  /// 1,500 bytes 32,768 were enough and 16,384 were not; smaller MTUs make more fragments.
+  static let fragmentingBufferBytesMin = 131_072
 
   /// A socket that receives the datagrams of all links of one family and encapsulation.
   /// - Parameters:
