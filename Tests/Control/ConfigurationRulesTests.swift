@@ -93,7 +93,7 @@ let soundRules = """
     #expect(configuration.passthroughs == [.init(a: "vm3", b: "nic")])
     #expect(configuration.tuning.layout == .pipeline)
     #expect(configuration.tuning.cpus == .stages(receive: [0, 1], route: [2], transmit: [3]))
-    #expect(configuration.tuning.ringDepthFrames == 512, "as many as there are slots")
+    #expect(configuration.tuning.ringDepthFrames == nil, "as many as there are slots")
     #expect(configuration.tuning.ringBatchFrames == 64)
     #expect(configuration.warnings.isEmpty)
     #expect(configuration.summary == "this-host: 2 domains, 4 ports, 2 links, 2 routes, 1 passthrough")
@@ -248,8 +248,8 @@ let soundRules = """
       "link[0].reserved_bits: a vnetp link has no header with reserved bits; leave it out"),
     Mistake(
       "\"10.99.0.3\"", "\"10.99.0.2:9001\"\nencapsulation = \"vnetp\"",
-      "link[1].remote: 10.99.0.2 is the remote of link[0].remote too, and a vnetp link is known by its remote's address "
-        + "alone; use one vnetp link for each address, or encapsulation = \"vxlan\""),
+      "link[1].remote: 10.99.0.2 is the remote of link[0].remote too, and a vnetp link is known by its remote's "
+        + "address alone; use one vnetp link for each address, or encapsulation = \"vxlan\""),
     Mistake(
       "\"10.99.0.3\"\ndomains = [\"green\"]", "\"10.99.0.2\"",
       "link[1].remote: 10.99.0.2 is the remote of link[0].remote too, and both carry domain \"blue\"; use one link, or "
@@ -281,7 +281,8 @@ let soundRules = """
       "name = \"vm2\"", "name = \"vm2\"\nmac = \"02:00:00:00:00:0a\"",
       "port[1].mac: 02:00:00:00:00:0a is taken by port[0].mac; give each guest an address of its own"),
     Mistake(
-      "device = \"eth1\"", "device = \"eth1\"\nqueues = 2", "port[2].queues: a packet port has one queue; leave it out"),
+      "device = \"eth1\"", "device = \"eth1\"\nqueues = 2",
+      "port[2].queues: a packet port has one queue; leave it out"),
   ]
 
   private static let stagesRemedy = "give each stage its CPUs, such as \"rx=0 route=1 tx=2,3\", or use \"auto\""
@@ -367,8 +368,8 @@ let soundRules = """
     #expect(
       try warnings(least.replacing("vni = 42", with: "vni = 42\nforwarding = \"routes\""))
         == [
-          "f.toml:4:1: domain[0].forwarding: \"blue\" has no rule: it drops every frame; add a [[route]] for it, or use "
-            + "forwarding = \"learning\""
+          "f.toml:4:1: domain[0].forwarding: \"blue\" has no rule: it drops every frame; add a [[route]] for it, or "
+            + "use forwarding = \"learning\""
         ])
     #expect(
       try warnings(soundRules.replacing("encapsulation = \"vnetp\"", with: "encapsulation = \"vnetp\"\nrelay = true"))

@@ -135,7 +135,7 @@ let least = """
           tuning: .init(
             layout: .auto, cpus: .auto, dispatch: .adaptive, yield: .adaptive, io: .auto, ringEntries: 256,
             batchFrames: 64, batchWaitMicroseconds: 0, spinMicroseconds: 50, slots: 1_024,
-            ringDepthFrames: 1_024, ringBatchFrames: 64, sendBufferBytes: 7_340_032, receiveBufferBytes: 7_340_032,
+            ringDepthFrames: nil, ringBatchFrames: 64, sendBufferBytes: 7_340_032, receiveBufferBytes: 7_340_032,
             dispatchUpperFramesPerSecond: 10_000,
             dispatchLowerFramesPerSecond: 1_000, dispatchPeriodMilliseconds: 10, sourcePorts: 8, hugePages: .auto,
             without: []),

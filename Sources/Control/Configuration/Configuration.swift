@@ -140,8 +140,8 @@ public struct Configuration: Equatable, Sendable {
     public var batchWaitMicroseconds: Int
     public var spinMicroseconds: Int
     public var slots: Int
-    /// Descriptors that each ring between two workers holds.
-    public var ringDepthFrames: Int
+    /// Descriptors that each ring between two workers holds; nil: so many that it is never full.
+    public var ringDepthFrames: Int?
     /// The most descriptors that a worker takes from such a ring at a time.
     public var ringBatchFrames: Int
     public var sendBufferBytes: Int

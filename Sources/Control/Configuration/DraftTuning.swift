@@ -32,7 +32,7 @@ extension Draft {
     return Configuration.Tuning(
       layout: layout, cpus: cpus, dispatch: dispatch, yield: yield, io: io, ringEntries: ringEntries,
       batchFrames: batchFrames, batchWaitMicroseconds: batchWait, spinMicroseconds: spin, slots: slots,
-      ringDepthFrames: tuning.integer("ring_depth_frames") ?? slots, ringBatchFrames: ringBatch,
+      ringDepthFrames: tuning.integer("ring_depth_frames"), ringBatchFrames: ringBatch,
       sendBufferBytes: sendBuffer, receiveBufferBytes: receiveBuffer, dispatchUpperFramesPerSecond: upper,
       dispatchLowerFramesPerSecond: lower, dispatchPeriodMilliseconds: period, sourcePorts: sourcePorts,
       hugePages: hugePages,

@@ -251,8 +251,8 @@ public enum Schema {
       "Whether the underlay may fragment what is over its MTU. `false`: such frames are dropped and counted."),
     KeyDefinition(
       .link, "reserved_bits", .choice(words(Configuration.ReservedBits.self)), default: .value(.string("ignore")),
-      "What happens to VXLAN datagrams whose reserved bits are not zero. `ignore`: forwarded, as RFC 7348 has it; `drop`: "
-        + "dropped and counted, as Linux does."),
+      "What happens to VXLAN datagrams whose reserved bits are not zero. `ignore`: forwarded, as RFC 7348 has it; "
+        + "`drop`: dropped and counted, as Linux does."),
 
     KeyDefinition(
       .route, "domain", .string("name of a domain"), default: .derived("the only domain, where there is just one"),
@@ -325,7 +325,8 @@ public enum Schema {
         + "full sockets."
     ),
     KeyDefinition(
-      .tuning, "ring_depth_frames", .integer(16...65_536), default: .derived("`slots`: then a ring is never full"),
+      .tuning, "ring_depth_frames", .integer(16...65_536),
+      default: .derived("as many as there are slots: then a ring is never full"),
       "Frames that each ring between two workers of a pipeline holds; it is rounded up to a power of two."),
     KeyDefinition(
       .tuning, "ring_batch_frames", .integer(1...512), default: .value(.integer(64)),

@@ -32,26 +32,18 @@ struct WorkerSet: Equatable, Sendable {
 
   // MARK: Who hands to whom
 
-  private func having(_ role: Roles, without other: Roles = []) -> [Int] {
-    workers.indices.filter { workers[$0].roles.contains(role) && workers[$0].roles.isDisjoint(with: other) }
-  }
+  private func having(_ role: Roles) -> [Int] { workers.indices.filter { workers[$0].roles.contains(role) } }
 
+  var roles: [Roles] { workers.map(\.roles) }
   var receivers: [Int] { having(.receive) }
   var routers: [Int] { having(.route) }
   var transmitters: [Int] { having(.transmit) }
 
-  /// The workers that route what a receiver takes: itself where it routes; else those that do not receive, which have
-  /// nothing of their own to route; else, where there are none of those, all that route.
-  func routers(ofReceiver receiver: Int) -> [Int] { next(after: .receive, .route, of: receiver) }
+  /// The workers that route what a receiver takes: itself alone, or others over a ring each.
+  func routers(ofReceiver receiver: Int) -> [Int] { Roles.routers(ofReceiver: receiver, among: roles) }
 
   /// The workers that send what a router routes, by the same rule.
-  func transmitters(ofRouter router: Int) -> [Int] { next(after: .route, .transmit, of: router) }
-
-  private func next(after role: Roles, _ following: Roles, of worker: Int) -> [Int] {
-    if workers[worker].roles.contains(following) { return [worker] }
-    let free = having(following, without: role)
-    return free.isEmpty ? having(following) : free
-  }
+  func transmitters(ofRouter router: Int) -> [Int] { Roles.transmitters(ofRouter: router, among: roles) }
 
   /// Whether no worker hands anything to another.
   var isFused: Bool { workers.allSatisfy { $0.roles == .all } }

@@ -56,7 +56,7 @@ public enum UnderlaySocket {
 
   /// The least send buffer of a socket whose datagrams are fragmented, before the kernel doubles it: the fragments of
   /// the longest one, each with the kernel's bookkeeping, must fit at once or the send fails (ENOBUFS). At an MTU of
-  /// 1,500 bytes 32,768 were enough and 16,384 were not; smaller MTUs make more fragments.
+  /// 1,500 bytes 32,768 were enough and 16,384 were not, at 576 bytes 65,536 and 32,768.
   static let fragmentingBufferBytesMin = 131_072
 
   /// A socket that receives the datagrams of all links of one family and encapsulation.
