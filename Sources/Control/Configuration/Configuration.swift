@@ -3,8 +3,8 @@ import Datapath
 /// What one node forwards and how: the checked, resolved, typed form of a configuration file or of a quick start.
 ///
 /// A value of this type is consistent: names are unique, whatever is named exists, every host name is an address, every
-/// link's family has an underlay address, and every CPU that is named may be used. `Configuration.parse` and `Configuration.quickStart` are
-/// the ways to make one; both report every error that they find.
+/// link's family has an underlay address, and every CPU that is named may be used.
+/// `Configuration.parse` and `Configuration.quickStart` are the ways to make one; both report every error that they find.
 public struct Configuration: Equatable, Sendable {
   public var node: Node
   public var underlay: Underlay

@@ -124,12 +124,13 @@ extension Draft {
     let destination = makePattern(fields, "destination")
     guard let source, let destination else { return nil }
     guard Configuration.MACPattern.haveScore(source: source, destination: destination) else {
+      let better = source == .any ? "an address, not-ADDRESS or any" : "an address or any"
       reader.report(
         fields.place(of: source == .none ? "source" : "destination"),
         "VNET/P has no rule with source \(source.qualifier) and destination \(destination.qualifier)",
         source == .none
           ? "use an address, not-ADDRESS or any"
-          : "with source \(source.qualifier) use \(source == .any ? "an address, not-ADDRESS or any" : "an address or any")"
+          : "with source \(source.qualifier) use \(better)"
       )
       return nil
     }

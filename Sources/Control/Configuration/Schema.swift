@@ -184,8 +184,8 @@ public enum Schema {
     KeyDefinition(
       .domain, "forwarding", .choice(words(Configuration.Forwarding.self)), default: .value(.string("learning")),
       "How the way of a frame is found. `learning`: from the source addresses of the frames that came before; what is "
-        + "unknown, broadcast or multicast is flooded. `routes`: by the rules of its `[[route]]` sections alone, without "
-        + "learning and without floods."),
+        + "unknown, broadcast or multicast is flooded. `routes`: by the rules of its `[[route]]` sections alone, "
+        + "without learning and without floods."),
     KeyDefinition(
       .domain, "ageing_s", .integer(1...ageingSecondsMax), default: .value(.integer(300)),
       "Seconds after which a MAC address that was not seen again is forgotten."),
@@ -194,8 +194,8 @@ public enum Schema {
       "The most MAC addresses that are learned; frames to further ones are flooded."),
     KeyDefinition(
       .domain, "flood_frames_per_second_max", .integer(0...1_000_000_000), default: .value(.integer(0)),
-      "The most frames a second that each worker floods, so that a loop or a noisy guest does not take the domain down; "
-        + "0: no limit."),
+      "The most frames a second that each worker floods, so that a loop or a noisy guest does not take the domain "
+        + "down; 0: no limit."),
 
     KeyDefinition(
       .port, "name", .string("name"), default: .required,
@@ -234,8 +234,8 @@ public enum Schema {
       "What the link is called in logs and counters; no other port or link has the name."),
     KeyDefinition(
       .link, "remote", .string("address or host name"), default: .required,
-      "The other node's address or host name, with a UDP port where it is not `vxlan_port` or `vnetp_port`: `10.99.0.2`, "
-        + "`10.99.0.2:4790`, `fd00::2`, `[fd00::2]:4790`, `host-b`. A name is resolved once, at start."),
+      "The other node's address or host name, with a UDP port where it is not `vxlan_port` or `vnetp_port`: "
+        + "`10.99.0.2`, `10.99.0.2:4790`, `fd00::2`, `[fd00::2]:4790`, `host-b`. A name is resolved once, at start."),
     KeyDefinition(
       .link, "encapsulation", .choice(words(Configuration.Encapsulation.self)), default: .value(.string("vxlan")),
       "How frames travel. `vxlan`: RFC 7348. `vnetp`: the raw frame in UDP, as VNET/P has it; such a link carries one "

@@ -238,9 +238,12 @@ public final class Service {
 
   private func startWorkers() throws {
     let tuning = configuration.tuning
-    let cpus = plan.workers.map { "\($0.roles)=\($0.cpu)" }.joined(separator: " ")
+    let cpus = plan.workers.map { plan.layout == .fused ? "\($0.cpu)" : "\($0.roles)=\($0.cpu)" }
     log.info(
-      "workers", metadata: ["cpus": "\(cpus)", "layout": "\(plan.layout)", "why": "\(plan.whyTheseWorkers)"])
+      "workers",
+      metadata: [
+        "cpus": "\(cpus.joined(separator: " "))", "layout": "\(plan.layout)", "why": "\(plan.whyTheseWorkers)",
+      ])
     for (number, worker) in plan.workers.enumerated() {
       var settings = WorkerThread.Plan(number: number, cpu: worker.cpu)
       settings.ringEntries = tuning.ringEntries
