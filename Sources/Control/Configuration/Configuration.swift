@@ -4,7 +4,8 @@ import Datapath
 ///
 /// A value of this type is consistent: names are unique, whatever is named exists, every host name is an address, every
 /// link's family has an underlay address, and every CPU that is named may be used.
-/// `Configuration.parse` and `Configuration.quickStart` are the ways to make one; both report every error that they find.
+/// `Configuration.parse` and `Configuration.quickStart` are the ways to make one; both report every error that they
+/// find.
 public struct Configuration: Equatable, Sendable {
   public var node: Node
   public var underlay: Underlay
