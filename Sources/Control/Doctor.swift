@@ -71,7 +71,9 @@ public struct DoctorReport: Sendable {
 /// things on are its own and are gone when it returns.
 public enum Doctor {
   public static func examine() -> DoctorReport {
-    DoctorReport(items: kernel() + uringItems() + tun() + capabilities() + sockets() + memory() + limits() + cpus())
+    DoctorReport(
+      items: kernel() + uringItems() + tun() + packetSockets() + capabilities() + sockets() + memory() + limits()
+        + cpus())
   }
 
   // MARK: Kernel and io_uring
@@ -94,13 +96,16 @@ public enum Doctor {
     var items = [
       DoctorItem(
         "io_uring", refusal.map { "no: \($0)" } ?? "ring, operation and registration work",
-        refusal == nil ? .ok : .needed, cost: "cannot run",
+        refusal == nil ? .ok : .absent, cost: "plain system calls instead: more CPU time for each frame",
         remedy: setting == "0" || setting == nil
           ? "allow io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp filter"
           : "sysctl kernel.io_uring_disabled=0"),
       DoctorItem(
         "kernel.io_uring_disabled", setting ?? "no such setting", .note,
         cost: "1 allows only members of kernel.io_uring_group, 2 nobody"),
+      DoctorItem(
+        "I/O", refusal == nil ? "io = \"auto\" takes uring" : "io = \"auto\" takes syscalls", .note,
+        cost: "either way is a value of io in [tuning]"),
     ]
     for (name, feature, cost) in UringFeatures.names {
       guard let features else {
@@ -170,6 +175,35 @@ public enum Doctor {
     return items
   }
 
+  // MARK: Packet ports
+
+  /// PACKET_VNET_HDR_SZ of linux/if_packet.h (kernel 6.3), newer than some headers.
+  private static let headerSizeOption: CInt = 24
+  /// The header that TAP ports have too: struct virtio_net_hdr_mrg_rxbuf of linux/virtio_net.h, in bytes.
+  private static let headerBytes: CInt = 12
+
+  private static func packetSockets() -> [DoctorItem] {
+    let descriptor = socket(AF_PACKET, Int32(SOCK_RAW.rawValue) | Int32(SOCK_CLOEXEC.rawValue), 0)
+    guard descriptor >= 0 else {
+      let code = errno
+      return [
+        DoctorItem(
+          "AF_PACKET", "no: \(SystemError.text(code))", .absent, cost: "no packet ports",
+          remedy: code == EPERM || code == EACCES
+            ? "run as root, or with CAP_NET_RAW" : "use a kernel with CONFIG_PACKET, or modprobe af_packet")
+      ]
+    }
+    defer { close(descriptor) }
+    let hasHeader = setOption(descriptor, level: SOL_PACKET, name: headerSizeOption, to: headerBytes)
+    return [
+      DoctorItem("AF_PACKET", "opens", .ok, cost: "no packet ports"),
+      DoctorItem(
+        "AF_PACKET virtio header", hasHeader ? "yes" : "no", hasHeader ? .ok : .absent,
+        cost: "no packet ports: frames would come without their offloads (PACKET_VNET_HDR_SZ, kernel 6.3)",
+        remedy: "use a newer kernel"),
+    ]
+  }
+
   // MARK: Capabilities
 
   private static func capabilities() -> [DoctorItem] {
@@ -184,7 +218,8 @@ public enum Doctor {
         "CAP_NET_ADMIN", hasAdmin ? "yes" : "no", hasAdmin ? .ok : .needed, cost: "no devices, no large socket buffers",
         remedy: "run as root, or give it to the command: setcap cap_net_admin+ep vnetr"),
       DoctorItem(
-        "CAP_NET_RAW", hasRaw ? "yes" : "no", hasRaw ? .ok : .absent, cost: "nothing yet: packet ports will need it"),
+        "CAP_NET_RAW", hasRaw ? "yes" : "no", hasRaw ? .ok : .absent, cost: "no packet ports",
+        remedy: "run as root, or give it to the command: setcap cap_net_admin,cap_net_raw+ep vnetr"),
     ]
   }
 
@@ -305,7 +340,18 @@ public enum Doctor {
         "CPUs isolated", isolated.isEmpty ? "none" : isolated, isolated.isEmpty ? .absent : .ok,
         cost: "other processes may run on a worker's CPU: jitter",
         remedy: "boot with isolcpus=, and set cpus in [tuning]"),
+      layout(allowedCount: ProcessorSet.allowed().count),
     ]
+  }
+
+  /// What `layout = "auto"` takes for each way of dispatch.
+  static func layout(allowedCount: Int) -> DoctorItem {
+    let usual = WorkerSet.chooseLayout(.adaptive, allowedCount: allowedCount)
+    let polling = WorkerSet.chooseLayout(.vmmDriven, allowedCount: allowedCount)
+    let found =
+      usual.layout == polling.layout
+      ? "auto takes \(usual.layout)" : "auto takes \(usual.layout), \(polling.layout) with dispatch = \"vmm-driven\""
+    return DoctorItem("layout", found, .note, cost: polling.why)
   }
 
   // MARK: Files

@@ -30,13 +30,15 @@ enum ExitStatus {
 
 struct CheckCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
-    commandName: "check", abstract: "Checks a configuration: all errors, each with its place, or a summary.")
+    commandName: "check", abstract: "Checks a configuration: all errors, each with its place, or a summary.",
+    discussion: "What is allowed and probably not meant is a warning on stderr; the exit code is 0 then.")
 
   @Argument(help: "The configuration file.")
   var file: String
 
   func run() throws {
     let checked = try Configuration.load(file: file)
+    for warning in checked.warnings { writeToStandardError("warning: \(warning)") }
     print("\(file): ok, \(checked.summary)")
   }
 }

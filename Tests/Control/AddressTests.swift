@@ -118,13 +118,13 @@ private func withLink(_ remote: String, underlay: String = "", second: String = 
     do {
       _ = try Configuration.quickStart(
         taps: ["much-too-long-name", "a", "a"], peers: ["a b", "10.0.0.2", "10.0.0.2", "a"], vni: 1 << 24,
-        address: "x", overrides: ["io": "syscalls"], environment: fixedEnvironment())
+        address: "x", overrides: ["io": "threads"], environment: fixedEnvironment())
       Issue.record("it was taken")
     } catch {
       #expect(
         error.errors.map(\.description) == [
           "--vni: 16777216 is out of range; use an integer from 0 to 16777215",
-          "--io: \"syscalls\" is not supported yet by this version; use one of \"auto\", \"uring\"",
+          "--io: \"threads\" is no value of it; values: auto, uring, syscalls",
           "--tap a: \"a\" is taken by --tap a; use one of its own",
           "--peer 10.0.0.2: \"10.0.0.2\" is taken by --peer 10.0.0.2; use one of its own",
           "--peer a: \"a\" is taken by --tap a; use one of its own",

@@ -22,7 +22,9 @@ private struct SplitMix64: RandomNumberGenerator {
     "9223372036854775807", "9223372036854775808", "1e400", "nan", "true", "1979-05-27T07:32:00Z", "07:32:00", "é",
     "\u{FEFF}", "[[port]]", "[port]", "[[domain]]", "name = \"x\"", "[[route]]", "domains = [[]]", "vni = 1",
     "remote = \"[::]:0\"", "port.port.port = 1", "[domain.x]", "\"\" = 1", "a.b = {c = [1, {}]}", "cpus = \"\"",
-    "address = []", "address = [\"\", \"1.1.1.1\"]", "without = [\"\"]", String(repeating: "[", count: 300),
+    "address = []", "address = [\"\", \"1.1.1.1\"]", "without = [\"\"]",
+    "[[passthrough]]", "a = \"vm1\"", "to = \"port:\"", "from = \"link:\"", "source = \"not-\"", "cpus = \"rx=\"",
+    "cpus = \"rx=0 route=9 tx=\"", "domains = [\"blue\"]", "domain = \"blue\"", String(repeating: "[", count: 300),
     String(repeating: "x", count: 1000),
   ]
 
@@ -30,7 +32,7 @@ private struct SplitMix64: RandomNumberGenerator {
   func noMutationOfAConfigurationCrashesOrGivesAnErrorThatIsNotOneLine(_ seed: UInt64) {
     var generator = SplitMix64(state: seed)
     for _ in 0..<400 {
-      var text = Array(sound)
+      var text = Array(Bool.random(using: &generator) ? sound : soundRules)
       for _ in 0..<Int.random(in: 1...6, using: &generator) {
         let start = Int.random(in: 0...text.count, using: &generator)
         let end = min(text.count, start + Int.random(in: 0...12, using: &generator))
@@ -50,6 +52,6 @@ private struct SplitMix64: RandomNumberGenerator {
   }
 
   @Test func everyPrefixOfAConfigurationIsReadWithoutACrash() {
-    for end in sound.indices { _ = errors(String(sound[..<end])) }
+    for text in [sound, soundRules] { for end in text.indices { _ = errors(String(text[..<end])) } }
   }
 }

@@ -3,9 +3,10 @@ import Testing
 
 @testable import Control
 
-/// A host whose answers a test chooses: addresses by host name, source addresses by destination.
+/// A host whose answers a test chooses: addresses by host name, source addresses by destination, and its CPUs.
 func fixedEnvironment(
-  names: [String: [String]] = [:], routes: [String: String] = [:]
+  names: [String: [String]] = [:], routes: [String: String] = [:], cpusOnline: [Int]? = Array(0..<8),
+  cpusAllowed: [Int] = Array(0..<8)
 ) -> ConfigurationEnvironment {
   ConfigurationEnvironment(
     hostName: { "this-host" },
@@ -13,7 +14,8 @@ func fixedEnvironment(
       guard let texts = names[name] else { return .failure("Name or service not known") }
       return .addresses(texts.compactMap { UnderlayAddress($0) })
     },
-    localAddress: { remote in routes[remote.description].flatMap { UnderlayAddress($0) } })
+    localAddress: { remote in routes[remote.description].flatMap { UnderlayAddress($0) } },
+    cpusOnline: { cpusOnline }, cpusAllowed: { cpusAllowed })
 }
 
 /// What `parse` finds wrong; empty where nothing is wrong.
@@ -39,7 +41,7 @@ func errors(
   }
 }
 
-/// A whole configuration, with every section that this version has.
+/// A whole configuration of learning domains.
 let sound = """
   [node]
   name = "host-a"
@@ -111,7 +113,8 @@ let least = """
     #expect(configuration.links.map(\.remote.description) == ["10.99.0.2:4789", "[fd00::3]:4790"])
     #expect(configuration.links.map(\.domains) == [["blue", "green"], ["green"]])
     #expect(configuration.links.map(\.reservedBits) == [.ignore, .drop])
-    #expect(configuration.tuning.cpus == [0, 1])
+    #expect(configuration.tuning.cpus == .list([0, 1]))
+    #expect(configuration.warnings.isEmpty)
     #expect(configuration.tuning.spinMicroseconds == 20)
     #expect(configuration.summary == "host-a: 2 domains, 2 ports, 2 links")
   }
@@ -121,16 +124,22 @@ let least = """
     #expect(
       configuration
         == Configuration(
-          node: .init(name: "this-host"), underlay: .init(addresses: [], vxlanPort: 4789),
-          domains: [.init(name: "blue", vni: 42, forwarding: .learning, ageingSeconds: 300, macsMax: 8192)],
-          ports: [.init(name: "vm1", kind: .tap, device: "vm1", domain: "blue", queues: 1, mtuBytes: nil)],
-          links: [],
+          node: .init(name: "this-host"), underlay: .init(addresses: [], vxlanPort: 4789, vnetpPort: 9000),
+          domains: [
+            .init(
+              name: "blue", vni: 42, forwarding: .learning, ageingSeconds: 300, macsMax: 8192,
+              floodFramesPerSecondMax: 0)
+          ],
+          ports: [.init(name: "vm1", kind: .tap, device: "vm1", domain: "blue", queues: 1, mtuBytes: nil, mac: nil)],
+          links: [], routes: [], passthroughs: [],
           tuning: .init(
-            layout: .auto, cpus: nil, dispatch: .adaptive, yield: .adaptive, io: .auto, ringEntries: 256,
+            layout: .auto, cpus: .auto, dispatch: .adaptive, yield: .adaptive, io: .auto, ringEntries: 256,
             batchFrames: 64, batchWaitMicroseconds: 0, spinMicroseconds: 50, slots: 1_024,
-            sendBufferBytes: 7_340_032, receiveBufferBytes: 7_340_032, dispatchUpperFramesPerSecond: 10_000,
+            ringDepthFrames: nil, ringBatchFrames: 64, sendBufferBytes: 7_340_032, receiveBufferBytes: 7_340_032,
+            dispatchUpperFramesPerSecond: 10_000,
             dispatchLowerFramesPerSecond: 1_000, dispatchPeriodMilliseconds: 10, sourcePorts: 8, hugePages: .auto,
-            without: [])))
+            without: []),
+          warnings: []))
   }
 
   @Test func aFlagWinsOverTheFile() throws {
@@ -139,7 +148,7 @@ let least = """
       overrides: ["spin_us": "7", "cpus": "1", "without": "multishot-read,fixed-files", "huge_pages": "off"],
       environment: fixedEnvironment())
     #expect(configuration.tuning.spinMicroseconds == 7)
-    #expect(configuration.tuning.cpus == [1])
+    #expect(configuration.tuning.cpus == .list([1]))
     #expect(configuration.tuning.without == [.multishotRead, .fixedFiles])
     #expect(configuration.tuning.hugePages == .off)
   }
@@ -147,7 +156,10 @@ let least = """
   @Test(arguments: [
     (["spin_us": "x"], "--spin-us: \"x\" is no integer; give an integer from 0 to 1000000"),
     (["spin_us": "-1"], "--spin-us: -1 is out of range; use an integer from 0 to 1000000"),
-    (["layout": "fusd"], "--layout: \"fusd\" is no value of it; did you mean \"fused\"? (values: auto, fused)"),
+    (
+      ["layout": "fusd"],
+      "--layout: \"fusd\" is no value of it; did you mean \"fused\"? (values: auto, fused, pipeline)"
+    ),
     (["cpus": "0,0"], "--cpus: CPU 0 comes twice; name it once: each worker has a CPU of its own"),
     (
       ["dispatch_lower_fps": "20000"],
@@ -191,14 +203,19 @@ let least = """
       remote = "10.0.0.2"
       domains = ["blue", "red"]
       [[route]]
+      source = "any"
+      destination = "none"
+      from = "vm1"
+      to = "port:vm2"
       [tuning]
       cpus = "a"
       spin_us = -1
       """
     #expect(
       allErrors(text).map { "\($0.position?.line ?? 0):\($0.position?.column ?? 0) \($0.keyPath)" } == [
-        "1:1 nodes", "7:1 domain[0].vnii", "11:1 port[1].name", "15:1 link[0].é", "18:1 route", "21:1 tuning.spin_us",
-        "10:1 port[0].domain", "17:1 link[0].domains[1]", "20:1 tuning.cpus", "3:3 underlay.address",
+        "1:1 nodes", "7:1 domain[0].vnii", "11:1 port[1].name", "15:1 link[0].é", "25:1 tuning.spin_us",
+        "10:1 port[0].domain", "17:1 link[0].domains[1]", "24:1 tuning.cpus", "3:3 underlay.address",
+        "18:1 route[0].domain", "20:1 route[0].destination", "21:1 route[0].from",
       ])
   }
 
@@ -248,14 +265,14 @@ let least = """
       name = "l"
       remot = "x"
       [tuning]
-      layout = "pipeline"
+      io = "threads"
       """
     #expect(
       errors(text) == [
         "f.toml: domain[0].vni: 16777216 is out of range; use an integer from 0 to 16777215",
         "f.toml: link[0].remot: there is no such key in [[link]]; did you mean \"remote\"? "
           + "(keys: name, remote, encapsulation, domains, relay, fragment, reserved_bits)",
-        "f.toml: tuning.layout: \"pipeline\" is not supported yet by this version; use one of \"auto\", \"fused\"",
+        "f.toml: tuning.io: \"threads\" is no value of it; values: auto, uring, syscalls",
         "f.toml: domain[1].name: \"blue\" is taken by domain[0].name; use one of its own",
         "f.toml: port[0].name: \"a-much-too-long-name\" is no device name: it has 20 bytes, and 15 is the most; "
           + "set device: a port's name is the device's unless it is set",
@@ -297,13 +314,15 @@ extension String {
   static let unknownKeysAndSections = [
     Mistake(
       "[underlay]\naddress", "[underlay]\nadress",
-      "underlay.adress: there is no such key in [underlay]; did you mean \"address\"? (keys: address, vxlan_port)"),
+      "underlay.adress: there is no such key in [underlay]; did you mean \"address\"? (keys: address, vxlan_port, "
+        + "vnetp_port)"),
     Mistake(
       "vni = 42", "vni = 42\nspin_us = 5",
       "domain[0].spin_us: there is no such key in [[domain]]; it is a key of [tuning]"),
     Mistake(
       "vni = 42", "vni = 42\nzzzzzz = 5",
-      "domain[0].zzzzzz: there is no such key in [[domain]]; keys: name, vni, forwarding, ageing_s, macs_max"),
+      "domain[0].zzzzzz: there is no such key in [[domain]]; keys: name, vni, forwarding, ageing_s, macs_max, "
+        + "flood_frames_per_second_max"),
     Mistake(
       "[node]", "[nodes]\n[node]",
       "nodes: there is no such section; did you mean \"node\"? "
@@ -315,55 +334,19 @@ extension String {
 
   private static let tuningKeys =
     "keys: layout, cpus, dispatch, dispatch_upper_fps, dispatch_lower_fps, dispatch_period_ms, yield, spin_us, io, "
-    + "ring_entries, batch_frames, batch_wait_us, slots, send_buffer_bytes, receive_buffer_bytes, source_ports, "
-    + "huge_pages, without"
+    + "ring_entries, batch_frames, batch_wait_us, slots, ring_depth_frames, ring_batch_frames, send_buffer_bytes, "
+    + "receive_buffer_bytes, source_ports, huge_pages, without"
 
   static let notSupported = [
     Mistake(
-      "vni = 42", "vni = 42\nforwarding = \"routes\"",
-      "domain[0].forwarding: \"routes\" is not supported yet by this version; use \"learning\""),
-    Mistake(
-      "name = \"vm1\"", "name = \"vm1\"\nkind = \"packet\"",
-      "port[0].kind: \"packet\" is not supported yet by this version; use \"tap\""),
-    Mistake(
       "name = \"vm1\"", "name = \"vm1\"\nkind = \"vhost-user\"",
-      "port[0].kind: \"vhost-user\" is not supported yet by this version; use \"tap\""),
+      "port[0].kind: \"vhost-user\" is not supported yet by this version; use one of \"tap\", \"packet\""),
     Mistake(
       "name = \"vm1\"", "name = \"vm1\"\nsocket = \"/run/x\"",
       "port[0].socket: it is not supported yet by this version; leave it out"),
     Mistake(
-      "name = \"vm1\"", "name = \"vm1\"\nmac = \"02:00:00:00:00:0a\"",
-      "port[0].mac: it is not supported yet by this version; leave it out"),
-    Mistake(
       "name = \"vm1\"", "name = \"vm1\"\noffloads = true",
       "port[0].offloads: true is not supported yet by this version; use false"),
-    Mistake(
-      "name = \"to-b\"", "name = \"to-b\"\nencapsulation = \"vnetp\"",
-      "link[0].encapsulation: \"vnetp\" is not supported yet by this version; use \"vxlan\""),
-    Mistake(
-      "name = \"to-b\"", "name = \"to-b\"\nrelay = true",
-      "link[0].relay: true is not supported yet by this version; use false"),
-    Mistake(
-      "name = \"to-b\"", "name = \"to-b\"\nfragment = true",
-      "link[0].fragment: true is not supported yet by this version; use false"),
-    Mistake(
-      "[underlay]", "[underlay]\nvnetp_port = 9000",
-      "underlay.vnetp_port: it is not supported yet by this version; leave it out"),
-    Mistake(
-      "[tuning]", "[tuning]\nlayout = \"pipeline\"",
-      "tuning.layout: \"pipeline\" is not supported yet by this version; use one of \"auto\", \"fused\""),
-    Mistake(
-      "[tuning]", "[tuning]\nio = \"syscalls\"",
-      "tuning.io: \"syscalls\" is not supported yet by this version; use one of \"auto\", \"uring\""),
-    Mistake(
-      "cpus = \"0,1\"", "cpus = \"rx=0 route=1 tx=2\"",
-      "tuning.cpus: CPUs by stage are not supported yet by this version; list them, such as \"0,1\", or use \"auto\""),
-    Mistake(
-      "[tuning]", "[[route]]\ndomain = \"blue\"\n[tuning]",
-      "route: [[route]] is not supported yet by this version; leave it out"),
-    Mistake(
-      "[tuning]", "[[passthrough]]\na = \"vm1\"\n[tuning]",
-      "passthrough: [[passthrough]] is not supported yet by this version; leave it out"),
   ]
 
   static let typesAndRanges = [
@@ -379,8 +362,20 @@ extension String {
       "macs_max = 100", "macs_max = 1048577",
       "domain[1].macs_max: 1048577 is out of range; use an integer from 1 to 1048576"),
     Mistake("queues = 2", "queues = 17", "port[1].queues: 17 is out of range; use an integer from 1 to 16"),
-    Mistake("mtu = 1400", "mtu = 67", "port[1].mtu: 67 is out of range; use an integer from 68 to 65477"),
-    Mistake("mtu = 1400", "mtu = 65478", "port[1].mtu: 65478 is out of range; use an integer from 68 to 65477"),
+    Mistake("mtu = 1400", "mtu = 67", "port[1].mtu: 67 is out of range; use an integer from 68 to 65493"),
+    Mistake("mtu = 1400", "mtu = 65494", "port[1].mtu: 65494 is out of range; use an integer from 68 to 65493"),
+    Mistake(
+      "mtu = 1400", "mtu = 65478",
+      "port[1].mtu: 65478 is more than link[0] can carry, which is vxlan; use at most 65477"),
+    Mistake(
+      "spin_us = 20", "ring_batch_frames = 513",
+      "tuning.ring_batch_frames: 513 is out of range; use an integer from 1 to 512"),
+    Mistake(
+      "spin_us = 20", "ring_depth_frames = 15",
+      "tuning.ring_depth_frames: 15 is out of range; use an integer from 16 to 65536"),
+    Mistake(
+      "macs_max = 100", "flood_frames_per_second_max = -1",
+      "domain[1].flood_frames_per_second_max: -1 is out of range; use an integer from 0 to 1000000000"),
     Mistake("name = \"host-a\"", "name = 1979-05-27", "node.name: it is a date or time; write a string"),
     Mistake("name = \"host-a\"", "name = {}", "node.name: it is a table; write a string"),
     Mistake("queues = 2", "offloads = 1", "port[1].offloads: 1 is of the wrong type; write true or false"),
@@ -517,16 +512,13 @@ extension String {
   private static let remoteRemedy =
     "use such as \"10.99.0.2\", \"10.99.0.2:4790\", \"[fd00::2]:4790\" or \"host-b\""
 
+  private static let listRemedy =
+    "list numbers from 0 to 1023, such as \"0,1\" or \"rx=0 route=1 tx=2\", or use \"auto\""
+
   static let tuning = [
-    Mistake(
-      "cpus = \"0,1\"", "cpus = \"0,,1\"",
-      "tuning.cpus: \"0,,1\" is no list of CPUs; list numbers from 0 to 1023, such as \"0,1\", or use \"auto\""),
-    Mistake(
-      "cpus = \"0,1\"", "cpus = \"1024\"",
-      "tuning.cpus: \"1024\" is no list of CPUs; list numbers from 0 to 1023, such as \"0,1\", or use \"auto\""),
-    Mistake(
-      "cpus = \"0,1\"", "cpus = \"-1\"",
-      "tuning.cpus: \"-1\" is no list of CPUs; list numbers from 0 to 1023, such as \"0,1\", or use \"auto\""),
+    Mistake("cpus = \"0,1\"", "cpus = \"0,,1\"", "tuning.cpus: \"0,,1\" is no list of CPUs; \(listRemedy)"),
+    Mistake("cpus = \"0,1\"", "cpus = \"1024\"", "tuning.cpus: \"1024\" is no list of CPUs; \(listRemedy)"),
+    Mistake("cpus = \"0,1\"", "cpus = \"-1\"", "tuning.cpus: \"-1\" is no list of CPUs; \(listRemedy)"),
     Mistake(
       "cpus = \"0,1\"", "cpus = \"1,1\"",
       "tuning.cpus: CPU 1 comes twice; name it once: each worker has a CPU of its own"),

@@ -37,10 +37,19 @@ import Testing
     for name in [
       "kernel", "io_uring", "kernel.io_uring_disabled", "/dev/net/tun", "CAP_NET_ADMIN", "CAP_NET_RAW", "UDP GSO",
       "UDP GRO", "net.core.rmem_max", "net.core.wmem_max", "huge pages", "transparent huge pages", "RLIMIT_NOFILE",
-      "RLIMIT_MEMLOCK", "CPUs allowed", "CPUs isolated",
+      "RLIMIT_MEMLOCK", "CPUs allowed", "CPUs isolated", "I/O", "AF_PACKET", "layout",
     ] {
       #expect(names.contains(name), "\(name)")
     }
     #expect(Set(names).count == names.count)
+  }
+
+  @Test func itSaysWhichLayoutAutoTakesAndWhy() {
+    let few = Doctor.layout(allowedCount: 3)
+    #expect(few.found == "auto takes fused")
+    #expect(few.cost == "a pipeline needs 4 CPUs, and 3 may be used")
+    let enough = Doctor.layout(allowedCount: 4)
+    #expect(enough.found == "auto takes fused, pipeline with dispatch = \"vmm-driven\"")
+    #expect(enough.cost == "dispatch is vmm-driven and 4 CPUs may be used")
   }
 }

@@ -2,19 +2,26 @@ import Datapath
 
 /// What one node forwards and how: the checked, resolved, typed form of a configuration file or of a quick start.
 ///
-/// A value of this type is consistent: names are unique, every domain that is named exists, every host name is an
-/// address, and every link's family has an underlay address. `Configuration.parse` and `Configuration.quickStart` are
-/// the ways to make one; both report every error that they find.
+/// A value of this type is consistent: names are unique, whatever is named exists, every host name is an address, every
+/// link's family has an underlay address, and every CPU that is named may be used.
+/// `Configuration.parse` and `Configuration.quickStart` are the ways to make one; both report every error that they
+/// find.
 public struct Configuration: Equatable, Sendable {
   public var node: Node
   public var underlay: Underlay
-  /// In the order of the file; at least one.
+  /// In the order of the file; empty only where every port is an end of a passthrough.
   public var domains: [Domain]
   /// In the order of the file; at least one.
   public var ports: [Port]
   /// In the order of the file; may be empty: the node is then a local switch.
   public var links: [Link]
+  /// In the order of the file; no two are equal.
+  public var routes: [Route] = []
+  /// In the order of the file; no port is in two of them.
+  public var passthroughs: [Passthrough] = []
   public var tuning: Tuning
+  /// What is allowed and probably not meant, one line each, in the form of `ConfigurationError`.
+  public var warnings: [String] = []
 
   public struct Node: Equatable, Sendable {
     public var name: String
@@ -26,6 +33,16 @@ public struct Configuration: Equatable, Sendable {
     public var addresses: [UnderlayAddress]
     /// The UDP port that VXLAN is received on.
     public var vxlanPort: UInt16
+    /// The UDP port that VNET/P is received on.
+    public var vnetpPort: UInt16
+
+    /// The UDP port that an encapsulation is received on.
+    public func port(of encapsulation: Encapsulation) -> UInt16 {
+      switch encapsulation {
+      case .vxlan: vxlanPort
+      case .vnetp: vnetpPort
+      }
+    }
 
     /// This node's address of a family, if it has one.
     public func address(of family: UnderlayAddress.Family) -> UnderlayAddress? {
@@ -43,6 +60,8 @@ public struct Configuration: Equatable, Sendable {
     public var ageingSeconds: Int
     /// The most MAC addresses that are learned.
     public var macsMax: Int
+    /// The most frames a second that a worker floods; 0: no limit.
+    public var floodFramesPerSecondMax: Int
   }
 
   /// A place where frames enter and leave locally.
@@ -51,12 +70,14 @@ public struct Configuration: Equatable, Sendable {
     public var kind: PortKind
     /// The network device's name: 1 to 15 bytes.
     public var device: String
-    /// The name of the domain that it belongs to.
-    public var domain: String
+    /// The name of the domain that it belongs to; nil: it is an end of exactly one passthrough.
+    public var domain: String?
     /// How many queues the device has, each read by one worker.
     public var queues: Int
     /// The device's MTU; nil: the underlay's less the encapsulation, found out at start.
     public var mtuBytes: Int?
+    /// The guest's address, by which the VNET/P control language names an interface; no two ports have the same.
+    public var mac: MACAddress?
   }
 
   /// A connection to another node.
@@ -67,15 +88,51 @@ public struct Configuration: Equatable, Sendable {
     public var encapsulation: Encapsulation
     /// The names of the domains that it carries, at least one, in the order of `Configuration.domains`.
     public var domains: [String]
+    /// Whether frames that came over it may leave by other links.
+    public var isRelay: Bool
+    /// Whether the underlay may fragment what is longer than its MTU.
+    public var fragments: Bool
     /// What happens to VXLAN datagrams whose reserved bits are not zero.
     public var reservedBits: ReservedBits
+  }
+
+  /// A VNET rule.
+  public struct Route: Hashable, Sendable {
+    /// The name of a domain whose forwarding is `routes`.
+    public var domain: String
+    public var source: MACPattern
+    public var destination: MACPattern
+    /// nil: from any interface.
+    public var from: InterfaceName?
+    public var to: InterfaceName
+  }
+
+  /// Which addresses a VNET rule is for, as its source or as its destination.
+  public enum MACPattern: Hashable, Sendable {
+    case any
+    /// As a destination: the rule is the default route of its source.
+    case none
+    case exact(MACAddress)
+    /// Any but this one.
+    case not(MACAddress)
+  }
+
+  /// A port or a link by its name.
+  public enum InterfaceName: Hashable, Sendable {
+    case port(String)
+    case link(String)
+  }
+
+  /// Two ports wired together, by their names.
+  public struct Passthrough: Equatable, Sendable {
+    public var a: String
+    public var b: String
   }
 
   /// What makes it fast or slow, never what is right.
   public struct Tuning: Equatable, Sendable {
     public var layout: Layout
-    /// The CPUs that workers are pinned to, one worker each; nil: chosen at start.
-    public var cpus: [Int]?
+    public var cpus: CPUs
     public var dispatch: Dispatch
     public var yield: Yield
     public var io: IO
@@ -84,6 +141,10 @@ public struct Configuration: Equatable, Sendable {
     public var batchWaitMicroseconds: Int
     public var spinMicroseconds: Int
     public var slots: Int
+    /// Descriptors that each ring between two workers holds; nil: so many that it is never full.
+    public var ringDepthFrames: Int?
+    /// The most descriptors that a worker takes from such a ring at a time.
+    public var ringBatchFrames: Int
     public var sendBufferBytes: Int
     public var receiveBufferBytes: Int
     public var dispatchUpperFramesPerSecond: Int
@@ -95,16 +156,30 @@ public struct Configuration: Equatable, Sendable {
     public var without: UringFeatures
   }
 
+  /// The CPUs that workers are pinned to.
+  public enum CPUs: Equatable, Sendable {
+    /// Chosen at start.
+    case auto
+    /// One worker on each, with all stages: the layout `fused`.
+    case list([Int])
+    /// The CPUs of each stage, at least one each: the layout `pipeline`.
+    case stages(receive: [Int], route: [Int], transmit: [Int])
+  }
+
   public enum Forwarding: String, CaseIterable, Sendable {
     case learning
+    /// VNET rules alone decide.
+    case routes
   }
 
   public enum PortKind: String, CaseIterable, Sendable {
     case tap
+    case packet
   }
 
   public enum Encapsulation: String, CaseIterable, Sendable {
     case vxlan
+    case vnetp
   }
 
   public enum ReservedBits: String, CaseIterable, Sendable {
@@ -115,6 +190,7 @@ public struct Configuration: Equatable, Sendable {
   public enum Layout: String, CaseIterable, Sendable {
     case auto
     case fused
+    case pipeline
   }
 
   public enum Dispatch: String, CaseIterable, Sendable {
@@ -132,6 +208,7 @@ public struct Configuration: Equatable, Sendable {
   public enum IO: String, CaseIterable, Sendable {
     case auto
     case uring
+    case syscalls
   }
 
   public enum HugePages: String, CaseIterable, Sendable {
@@ -143,6 +220,61 @@ public struct Configuration: Equatable, Sendable {
   /// The domain of a name; nil when there is none.
   public func domain(named name: String) -> Domain? {
     domains.first { $0.name == name }
+  }
+}
+
+extension Configuration.MACPattern {
+  /// Reads `any`, `none`, `02:00:00:00:00:0a` and `not-02:00:00:00:00:0a`; nil for anything else.
+  init?(_ text: String) {
+    switch text {
+    case "any": self = .any
+    case "none": self = .none
+    default:
+      let isNegated = text.hasPrefix("not-")
+      guard let mac = MACAddress(isNegated ? String(text.dropFirst(4)) : text) else { return nil }
+      self = isNegated ? .not(mac) : .exact(mac)
+    }
+  }
+
+  /// Its name in VNET/P's table of scores.
+  var qualifier: String {
+    switch self {
+    case .any: "any"
+    case .none: "none"
+    case .exact: "exact"
+    case .not: "not"
+    }
+  }
+
+  /// Whether VNET/P's table of scores has a rule with this source and destination; a rule that it does not have could
+  /// never be the best match of a frame.
+  static func haveScore(source: Self, destination: Self) -> Bool {
+    switch (source, destination) {
+    case (.exact, _): true
+    case (.not, .exact), (.not, .any): true
+    case (.any, .exact), (.any, .any), (.any, .not): true
+    default: false
+    }
+  }
+}
+
+extension Configuration.InterfaceName: CustomStringConvertible {
+  /// Reads `port:NAME` and `link:NAME`; nil for anything else.
+  init?(_ text: String) {
+    let parts = text.split(separator: ":", maxSplits: 1, omittingEmptySubsequences: false).map(String.init)
+    guard parts.count == 2, !parts[1].isEmpty else { return nil }
+    switch parts[0] {
+    case "port": self = .port(parts[1])
+    case "link": self = .link(parts[1])
+    default: return nil
+    }
+  }
+
+  public var description: String {
+    switch self {
+    case .port(let name): "port:\(name)"
+    case .link(let name): "link:\(name)"
+    }
   }
 }
 
@@ -196,7 +328,9 @@ extension Configuration {
   /// The whole in one line, such as `host-a: 1 domain, 2 ports, 1 link`.
   public var summary: String {
     func count(_ count: Int, _ what: String) -> String { "\(count) \(what)\(count == 1 ? "" : "s")" }
-    return
-      "\(node.name): \(count(domains.count, "domain")), \(count(ports.count, "port")), \(count(links.count, "link"))"
+    var parts = [count(domains.count, "domain"), count(ports.count, "port"), count(links.count, "link")]
+    if !routes.isEmpty { parts.append(count(routes.count, "route")) }
+    if !passthroughs.isEmpty { parts.append(count(passthroughs.count, "passthrough")) }
+    return "\(node.name): " + parts.joined(separator: ", ")
   }
 }

@@ -8,6 +8,8 @@ struct Draft {
   var domains: [Fields] = []
   var ports: [Fields] = []
   var links: [Fields] = []
+  var routes: [Fields] = []
+  var passthroughs: [Fields] = []
   var tuning: Fields
 
   init(sections: [Fields], file: String?, reader: Reader) {
@@ -21,6 +23,8 @@ struct Draft {
     domains = all(.domain)
     ports = all(.port)
     links = all(.link)
+    routes = all(.route)
+    passthroughs = all(.passthrough)
     tuning = one(.tuning)
   }
 
@@ -36,13 +40,19 @@ struct Draft {
   mutating func finish(_ environment: ConfigurationEnvironment) throws(ConfigurationErrors) -> Configuration {
     checkNames()
     checkDevices()
+    checkPassthroughs()
     checkDomains()
-    let tuning = makeTuning()
+    let macs = makeMACs()
+    let tuning = makeTuning(environment)
     let underlay = makeUnderlay()
     let ends = makeEnds(underlay, environment)
     checkLinksSharingDomains(ends)
+    checkLinks()
+    checkQueues()
+    checkMTUs()
+    let routes = makeRoutes()
     guard reader.errors.isEmpty else { throw ConfigurationErrors(errors: reader.errors) }
-    return make(tuning, underlay, ends, environment)
+    return make(tuning, underlay, ends, macs, routes, environment)
   }
 }
 
@@ -105,7 +115,11 @@ extension Draft {
   }
 
   private mutating func checkDomains() {
-    for (section, sections) in [(Schema.Section.domain, domains), (.port, ports)] where sections.isEmpty {
+    // Ports that are wired together need no domain; everything else does.
+    let needsDomain = ports.isEmpty || !links.isEmpty || !routes.isEmpty || ports.contains { wiring(of: $0) == nil }
+    for (section, isMissing) in [
+      (Schema.Section.domain, domains.isEmpty && needsDomain), (.port, ports.isEmpty),
+    ] where isMissing {
       // A section that could not be read was reported.
       guard !reader.errors.contains(where: { $0.keyPath == section.rawValue }) else { continue }
       reader.report(
@@ -116,10 +130,8 @@ extension Draft {
     for fields in ports {
       if let name = fields.string("domain") {
         checkDomainExists(name, at: fields.place(of: "domain"))
-      } else if fields.isAbsent("domain") && domains.count > 1 {
-        reader.report(
-          fields.place(of: "domain"), "it is missing, and there are \(domains.count) domains",
-          "set it to one of \(domainNames.joined(separator: ", "))")
+      } else if fields.isAbsent("domain") && domains.count > 1 && wiring(of: fields) == nil && !hasDanglingWire {
+        reportMissingDomain(fields)
       }
     }
     for fields in links {
@@ -136,9 +148,15 @@ extension Draft {
     }
   }
 
-  private var domainNames: [String] { domains.compactMap { $0.string("name") } }
+  mutating func reportMissingDomain(_ fields: Fields) {
+    reader.report(
+      fields.place(of: "domain"), "it is missing, and there are \(domains.count) domains",
+      "set it to one of \(domainNames.joined(separator: ", "))")
+  }
 
-  private mutating func checkDomainExists(_ name: String, at place: Place) {
+  var domainNames: [String] { domains.compactMap { $0.string("name") } }
+
+  mutating func checkDomainExists(_ name: String, at place: Place) {
     // Where a domain's own name could not be read, it may be the one that is meant.
     guard !domainNames.contains(name), !domains.contains(where: { $0.isInvalid("name") }) else { return }
     reader.report(
@@ -151,6 +169,14 @@ extension Draft {
       guard let end = ends.remotes[index], let mine = carried(by: fields) else { continue }
       for (earlierIndex, earlier) in links[..<index].enumerated() {
         guard ends.remotes[earlierIndex]?.address == end.address, let theirs = carried(by: earlier) else { continue }
+        if isVNETP(fields), isVNETP(earlier) {
+          reader.report(
+            fields.place(of: "remote"),
+            "\(end.address) is the remote of \(earlier.place(of: "remote").keyPath) too, and a vnetp link is known by "
+              + "its remote's address alone",
+            "use one vnetp link for each address, or encapsulation = \"vxlan\"")
+          break
+        }
         guard let shared = mine.first(where: theirs.contains) else { continue }
         reader.report(
           fields.place(of: "remote"),
@@ -162,8 +188,104 @@ extension Draft {
     }
   }
 
-  private func carried(by link: Fields) -> [String]? {
+  func carried(by link: Fields) -> [String]? {
     link.isInvalid("domains") ? nil : link.strings("domains") ?? domainNames
+  }
+
+  private func isVNETP(_ link: Fields) -> Bool {
+    link.string("encapsulation") == Configuration.Encapsulation.vnetp.rawValue
+  }
+
+  /// What a link's encapsulation has no place for.
+  private mutating func checkLinks() {
+    for fields in links where isVNETP(fields) {
+      if let names = fields.strings("domains"), names.count > 1 {
+        reader.report(
+          fields.place(of: "domains"), "a vnetp link carries one domain, for its frames bear no VNI",
+          "name one domain, use a link for each, or encapsulation = \"vxlan\"")
+      } else if fields.isAbsent("domains"), domains.count > 1 {
+        reader.report(
+          fields.place(of: "domains"),
+          "it is missing, and a vnetp link carries one domain of the \(domains.count)",
+          "set it to one of \(domainNames.map { "[\"\($0)\"]" }.joined(separator: ", "))")
+      }
+      if fields.isWritten("reserved_bits") {
+        reader.report(
+          fields.place(of: "reserved_bits"), "a vnetp link has no header with reserved bits", "leave it out")
+      }
+    }
+    let port = underlay.integer("vnetp_port")
+    if let port, port == underlay.integer("vxlan_port"),
+      underlay.isWritten("vnetp_port") || links.contains(where: isVNETP)
+    {
+      let key = underlay.isWritten("vnetp_port") ? "vnetp_port" : "vxlan_port"
+      let other = key == "vnetp_port" ? "vxlan_port" : "vnetp_port"
+      reader.report(
+        underlay.place(of: key), "\(port) is \(other) too, and a datagram's port says how it is encapsulated",
+        "use another port")
+    }
+    for fields in links where fields.boolean("relay") == true {
+      let ruled = (carried(by: fields) ?? []).filter { forwarding(of: $0) == .routes }
+      guard !ruled.isEmpty else { continue }
+      reader.warn(
+        fields.place(of: "relay"),
+        "it does nothing in \(ruled.map { "\"\($0)\"" }.joined(separator: " and ")), where rules alone decide",
+        "leave it out, or use forwarding = \"learning\"")
+    }
+  }
+
+  /// How a domain forwards; nil where there is none of the name.
+  func forwarding(of domain: String) -> Configuration.Forwarding? {
+    domains.first { $0.string("name") == domain }?.string("forwarding").flatMap(
+      Configuration.Forwarding.init(rawValue:))
+  }
+
+  /// A packet socket has no queues to share.
+  private mutating func checkQueues() {
+    for fields in ports where fields.string("kind") == Configuration.PortKind.packet.rawValue {
+      guard let queues = fields.integer("queues"), queues > 1 else { continue }
+      reader.report(fields.place(of: "queues"), "a packet port has one queue", "leave it out")
+    }
+  }
+
+  /// A VXLAN link takes less than VNET/P, whose limit is the table's.
+  private mutating func checkMTUs() {
+    for fields in ports {
+      guard let bytes = fields.integer("mtu"), bytes > Schema.mtuBytesMaxVXLAN, let domain = domain(of: fields),
+        let link = links.first(where: { !isVNETP($0) && carried(by: $0)?.contains(domain) == true })
+      else { continue }
+      reader.report(
+        fields.place(of: "mtu"), "\(bytes) is more than \(link.place.keyPath) can carry, which is vxlan",
+        "use at most \(Schema.mtuBytesMaxVXLAN)")
+    }
+  }
+
+  /// The domain that a port belongs to; nil where it has none or it is not known.
+  func domain(of port: Fields) -> String? {
+    if port.isInvalid("domain") || (port.isAbsent("domain") && wiring(of: port) != nil) { return nil }
+    return port.string("domain") ?? (domains.count == 1 ? domainNames.first : nil)
+  }
+
+  /// The guests' addresses, by the index of the port.
+  private mutating func makeMACs() -> [MACAddress?] {
+    var owners: [MACAddress: Place] = [:]
+    return ports.map { fields -> MACAddress? in
+      guard let text = fields.string("mac") else { return nil }
+      let place = fields.place(of: "mac")
+      guard let mac = MACAddress(text) else {
+        reader.report(place, "\"\(text.printable)\" is no MAC address", "use such as \"02:00:00:00:00:0a\"")
+        return nil
+      }
+      if mac.isMulticast || mac.isZero {
+        reader.report(
+          place, "\(mac) is \(mac.isZero ? "nobody's address" : "a group address")", "use the guest's own address")
+      } else if let owner = owners[mac] {
+        reader.report(place, "\(mac) is taken by \(owner.keyPath)", "give each guest an address of its own")
+      } else {
+        owners[mac] = place
+      }
+      return mac
+    }
   }
 }
 
@@ -216,7 +338,7 @@ extension Draft {
         ends.remotes.append(nil)
         continue
       }
-      let port = candidates.port ?? UInt16(underlay.integer("vxlan_port") ?? 0)
+      let port = candidates.port ?? UInt16(receivePort(of: fields) ?? 0)
       guard isLocalGiven else {
         let routed = candidates.addresses.lazy.compactMap { remote in
           environment.localAddress(remote).map { (remote: remote, local: $0) }
@@ -295,90 +417,18 @@ extension Draft {
     }
   }
 
+  /// The port that a link's encapsulation is received on.
+  private func receivePort(of link: Fields) -> Int? {
+    underlay.integer(isVNETP(link) ? "vnetp_port" : "vxlan_port")
+  }
+
   private mutating func checkLinksToSelf(_ ends: Ends) {
     for (fields, end) in zip(links, ends.remotes) {
-      guard let end, ends.locals.contains(end.address), Int(end.port) == underlay.integer("vxlan_port") else {
+      guard let end, ends.locals.contains(end.address), Int(end.port) == receivePort(of: fields) else {
         continue
       }
       reader.report(fields.place(of: "remote"), "\(end) is this node itself", "use the other node's address")
     }
-  }
-}
-
-// MARK: - Tuning
-
-extension Draft {
-  /// nil where something was reported.
-  private mutating func makeTuning() -> Configuration.Tuning? {
-    if let upper = tuning.integer("dispatch_upper_fps"), let lower = tuning.integer("dispatch_lower_fps"), lower > upper
-    {
-      reader.report(
-        tuning.place(of: "dispatch_lower_fps"), "\(lower) is above dispatch_upper_fps, which is \(upper)",
-        "use at most \(upper)")
-    }
-    var cpus: [Int]?
-    if let text = tuning.string("cpus"), text != "auto" { cpus = makeCPUs(text, at: tuning.place(of: "cpus")) }
-    guard let layout = choice("layout", Configuration.Layout.self),
-      let dispatch = choice("dispatch", Configuration.Dispatch.self),
-      let yield = choice("yield", Configuration.Yield.self),
-      let io = choice("io", Configuration.IO.self),
-      let hugePages = choice("huge_pages", Configuration.HugePages.self),
-      let without = tuning.strings("without"),
-      let ringEntries = tuning.integer("ring_entries"),
-      let batchFrames = tuning.integer("batch_frames"),
-      let batchWait = tuning.integer("batch_wait_us"),
-      let spin = tuning.integer("spin_us"),
-      let slots = tuning.integer("slots"),
-      let sendBuffer = tuning.integer("send_buffer_bytes"),
-      let receiveBuffer = tuning.integer("receive_buffer_bytes"),
-      let upper = tuning.integer("dispatch_upper_fps"),
-      let lower = tuning.integer("dispatch_lower_fps"),
-      let period = tuning.integer("dispatch_period_ms"),
-      let sourcePorts = tuning.integer("source_ports")
-    else { return nil }
-    return Configuration.Tuning(
-      layout: layout, cpus: cpus, dispatch: dispatch, yield: yield, io: io, ringEntries: ringEntries,
-      batchFrames: batchFrames, batchWaitMicroseconds: batchWait, spinMicroseconds: spin, slots: slots,
-      sendBufferBytes: sendBuffer, receiveBufferBytes: receiveBuffer, dispatchUpperFramesPerSecond: upper,
-      dispatchLowerFramesPerSecond: lower, dispatchPeriodMilliseconds: period, sourcePorts: sourcePorts,
-      hugePages: hugePages,
-      without: UringFeatures(UringFeatures.names.filter { without.contains($0.name) }.map(\.feature)))
-  }
-
-  private func choice<Words: RawRepresentable<String>>(_ key: String, _ type: Words.Type) -> Words? {
-    tuning.string(key).flatMap(Words.init(rawValue:))
-  }
-
-  private mutating func makeCPUs(_ text: String, at place: Place) -> [Int]? {
-    if isStageList(text) {
-      reader.report(
-        place, "CPUs by stage are not supported yet by this version", "list them, such as \"0,1\", or use \"auto\"")
-      return nil
-    }
-    var cpus: [Int] = []
-    for part in text.split(separator: ",", omittingEmptySubsequences: false) {
-      guard let cpu = Int(part), part.utf8.allSatisfy({ $0 >= 0x30 && $0 <= 0x39 }), cpu <= Schema.cpuMax else {
-        reader.report(
-          place, "\"\(text.printable)\" is no list of CPUs",
-          "list numbers from 0 to \(Schema.cpuMax), such as \"0,1\", or use \"auto\"")
-        return nil
-      }
-      if cpus.contains(cpu) {
-        reader.report(place, "CPU \(cpu) comes twice", "name it once: each worker has a CPU of its own")
-        return nil
-      }
-      cpus.append(cpu)
-    }
-    return cpus
-  }
-
-  /// Whether the text is of the form `rx=0 route=1 tx=2`.
-  private func isStageList(_ text: String) -> Bool {
-    let parts = text.split(separator: " ")
-    return !parts.isEmpty
-      && parts.allSatisfy { part in
-        ["rx=", "route=", "tx="].contains { part.hasPrefix($0) && !part.dropFirst($0.count).isEmpty }
-      }
   }
 }
 
@@ -387,35 +437,43 @@ extension Draft {
 extension Draft {
   /// Called with nothing wrong: every key has a value or a derived default.
   private func make(
-    _ tuning: Configuration.Tuning?, _ underlayWritten: [UnderlayAddress], _ ends: Ends,
-    _ environment: ConfigurationEnvironment
+    _ tuning: Configuration.Tuning?, _ underlayWritten: [UnderlayAddress], _ ends: Ends, _ macs: [MACAddress?],
+    _ routes: [Configuration.Route], _ environment: ConfigurationEnvironment
   ) -> Configuration {
     guard let tuning else { preconditionFailure("a tuning key without a value was not reported") }
     let names = domainNames
     return Configuration(
       node: .init(name: node.string("name") ?? environment.hostName()),
-      underlay: .init(addresses: ends.locals, vxlanPort: UInt16(underlay.known("vxlan_port", Fields.integer))),
+      underlay: .init(
+        addresses: ends.locals, vxlanPort: UInt16(underlay.known("vxlan_port", Fields.integer)),
+        vnetpPort: UInt16(underlay.known("vnetp_port", Fields.integer))),
       domains: domains.map { fields in
         Configuration.Domain(
           name: fields.known("name", Fields.string), vni: UInt32(fields.known("vni", Fields.integer)),
           forwarding: fields.word("forwarding"), ageingSeconds: fields.known("ageing_s", Fields.integer),
-          macsMax: fields.known("macs_max", Fields.integer))
+          macsMax: fields.known("macs_max", Fields.integer),
+          floodFramesPerSecondMax: fields.known("flood_frames_per_second_max", Fields.integer))
       },
-      ports: ports.map { fields in
+      ports: zip(ports, macs).map { fields, mac in
         let name = fields.known("name", Fields.string)
         return Configuration.Port(
           name: name, kind: fields.word("kind"), device: fields.string("device") ?? name,
-          domain: fields.string("domain") ?? names[0], queues: fields.known("queues", Fields.integer),
-          mtuBytes: fields.integer("mtu"))
+          domain: domain(of: fields), queues: fields.known("queues", Fields.integer),
+          mtuBytes: fields.integer("mtu"), mac: mac)
       },
       links: zip(links, ends.remotes).map { fields, remote in
         guard let remote else { preconditionFailure("a link without a remote was not reported") }
         let carried = fields.strings("domains") ?? names
         return Configuration.Link(
           name: fields.known("name", Fields.string), remote: remote, encapsulation: fields.word("encapsulation"),
-          domains: names.filter(carried.contains), reservedBits: fields.word("reserved_bits"))
+          domains: names.filter(carried.contains), isRelay: fields.known("relay", Fields.boolean),
+          fragments: fields.boolean("fragment") ?? isVNETP(fields), reservedBits: fields.word("reserved_bits"))
       },
-      tuning: tuning)
+      routes: routes,
+      passthroughs: passthroughs.map { fields in
+        Configuration.Passthrough(a: fields.known("a", Fields.string), b: fields.known("b", Fields.string))
+      },
+      tuning: tuning, warnings: reader.warnings.map(\.description))
   }
 }
 

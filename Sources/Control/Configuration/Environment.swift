@@ -18,19 +18,32 @@ public struct ConfigurationEnvironment: Sendable {
   public var resolve: @Sendable (String) -> Resolution
   /// The source address of the kernel's route to an address; nil where there is no route.
   public var localAddress: @Sendable (UnderlayAddress) -> UnderlayAddress?
+  /// The CPUs that the machine runs, ascending; nil where that is not known.
+  public var cpusOnline: @Sendable () -> [Int]?
+  /// The CPUs that this process may use, ascending.
+  public var cpusAllowed: @Sendable () -> [Int]
 
   public init(
     hostName: @escaping @Sendable () -> String, resolve: @escaping @Sendable (String) -> Resolution,
-    localAddress: @escaping @Sendable (UnderlayAddress) -> UnderlayAddress?
+    localAddress: @escaping @Sendable (UnderlayAddress) -> UnderlayAddress?,
+    cpusOnline: @escaping @Sendable () -> [Int]?, cpusAllowed: @escaping @Sendable () -> [Int]
   ) {
     self.hostName = hostName
     self.resolve = resolve
     self.localAddress = localAddress
+    self.cpusOnline = cpusOnline
+    self.cpusAllowed = cpusAllowed
   }
 
-  /// This host: gethostname, getaddrinfo, and the kernel's routes.
+  /// This host: gethostname, getaddrinfo, the kernel's routes, its CPUs and this thread's affinity.
   public static let system = ConfigurationEnvironment(
-    hostName: systemHostName, resolve: systemResolve, localAddress: systemLocalAddress)
+    hostName: systemHostName, resolve: systemResolve, localAddress: systemLocalAddress,
+    cpusOnline: systemCPUsOnline, cpusAllowed: ProcessorSet.allowed)
+}
+
+private func systemCPUsOnline() -> [Int]? {
+  guard let bytes = try? readFile("/sys/devices/system/cpu/online", bytesMax: 1 << 16) else { return nil }
+  return cpus(ofKernelList: String(decoding: bytes, as: UTF8.self))
 }
 
 private func systemHostName() -> String {

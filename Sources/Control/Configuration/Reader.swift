@@ -49,6 +49,9 @@ struct Fields {
   /// Whether the key was left out and has no default of its own.
   func isAbsent(_ key: String) -> Bool { values[key] == nil && !invalid.contains(key) }
 
+  /// Whether the key itself was written, rather than left to its default.
+  func isWritten(_ key: String) -> Bool { places[key] != nil }
+
   /// Where a key stands; where it is not set, its section.
   func place(of key: String) -> Place {
     places[key] ?? Place(file: place.file, keyPath: "\(place.keyPath).\(key)", position: place.position)
@@ -66,6 +69,11 @@ struct Fields {
     return number
   }
 
+  func boolean(_ key: String) -> Bool? {
+    guard case .boolean(let flag)? = values[key] else { return nil }
+    return flag
+  }
+
   func strings(_ key: String) -> [String]? {
     guard case .strings(let texts)? = values[key] else { return nil }
     return texts
@@ -75,11 +83,20 @@ struct Fields {
 /// Reads sections by the schema and keeps every error that it finds.
 struct Reader {
   private(set) var errors: [ConfigurationError] = []
+  /// What is allowed and probably not meant.
+  private(set) var warnings: [ConfigurationError] = []
 
   mutating func report(_ place: Place, _ problem: String, _ remedy: String) {
-    errors.append(
-      ConfigurationError(
-        file: place.file, position: place.position, keyPath: place.keyPath, problem: problem, remedy: remedy))
+    errors.append(Self.error(place, problem, remedy))
+  }
+
+  mutating func warn(_ place: Place, _ problem: String, _ remedy: String) {
+    warnings.append(Self.error(place, problem, remedy))
+  }
+
+  private static func error(_ place: Place, _ problem: String, _ remedy: String) -> ConfigurationError {
+    ConfigurationError(
+      file: place.file, position: place.position, keyPath: place.keyPath, problem: problem, remedy: remedy)
   }
 
   /// Parses TOML and reads its sections in the order of the schema. Sections that may come once and are left out are
@@ -124,10 +141,6 @@ struct Reader {
   private mutating func read(_ section: Schema.Section, of node: TOML.Node?, _ document: Document) -> [Fields] {
     let place = document.place(section.rawValue, node)
     guard let node else { return section.isArray ? [] : [Fields(section, at: place)] }
-    guard section.isSupported else {
-      report(place, "\(section.header) is not supported yet by this version", "leave it out")
-      return []
-    }
     if section.isArray {
       guard let tables = node.value.tables else {
         report(place, "it is \(node.value.described)", "open each one with \(section.header)")

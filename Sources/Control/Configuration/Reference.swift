@@ -11,7 +11,7 @@ extension Schema {
         + "is an error, and `vnetr check FILE` reports all of them with their key paths. Arrays count from 0 in key "
         + "paths: `port[1].domain` is the second port's domain.",
     ]
-    for section in Section.allCases where section.isSupported {
+    for section in Section.allCases {
       lines += ["", "## `\(section.header)`", "", section.help, ""]
       lines += section == .tuning ? ["| key | flag | values | default | meaning |", "|---|---|---|---|---|"] : []
       lines += section == .tuning ? [] : ["| key | values | default | meaning |", "|---|---|---|---|"]
@@ -30,14 +30,12 @@ extension Schema {
       "", "## Not supported yet", "",
       "These are refused by this version, so that no file says what is not done:", "",
     ]
-    lines += Section.allCases.filter { !$0.isSupported }.map { "- `\($0.header)`" }
-    for definition in keys where definition.section.isSupported {
+    for definition in keys {
       if !definition.isSupported { lines.append("- `\(definition.key)` in `\(definition.section.header)`") }
       lines += definition.valuesNotYetSupported.map {
         "- `\(definition.key) = \($0)` in `\(definition.section.header)`"
       }
     }
-    lines.append("- CPUs by stage (`cpus = \"rx=0 route=1 tx=2\"`) in `[tuning]`")
     return lines.joined(separator: "\n") + "\n"
   }
 }

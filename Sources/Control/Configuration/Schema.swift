@@ -24,9 +24,6 @@ public enum Schema {
       }
     }
 
-    /// Whether this version does anything with the section.
-    public var isSupported: Bool { self != .route && self != .passthrough }
-
     /// The header that opens the section in a file.
     public var header: String { isArray ? "[[\(rawValue)]]" : "[\(rawValue)]" }
 
@@ -35,13 +32,17 @@ public enum Schema {
       switch self {
       case .node: "This node."
       case .underlay: "The network between the nodes, seen from here."
-      case .domain: "One isolated Ethernet. Ports and links belong to it. At least one is needed."
+      case .domain: "One isolated Ethernet. Ports and links belong to it. At least one is needed, but for passthroughs."
       case .port: "A place where frames enter and leave locally. At least one is needed."
       case .link:
         "A connection to another node. Without any, the node is a local switch. "
           + "Links are neither encrypted nor authenticated."
-      case .route: "A VNET rule, for domains with `forwarding = \"routes\"`."
-      case .passthrough: "Two ports wired together, without a lookup."
+      case .route:
+        "A VNET rule, for domains with `forwarding = \"routes\"`. Of the rules that match a frame all with the highest "
+          + "score are followed: exact-exact 8, exact-not and not-exact 7, exact-any and any-exact 6, any-not and "
+          + "not-any 5, exact-none 4, any-any 3 (source-destination); other pairs are refused. A frame that no rule "
+          + "matches is dropped, and none goes back where it came from."
+      case .passthrough: "Two ports wired together, without a lookup: they belong to no domain."
       case .tuning:
         "What makes it fast or slow, never what is right. Every key is also a flag of `vnetr run`, and the flag wins."
       }
@@ -136,9 +137,11 @@ public enum Schema {
   static let queuesMax = 16
   /// RFC 791: every IPv4 host takes 68 bytes; the kernel takes no smaller MTU for an Ethernet device.
   static let mtuBytesMin = 68
-  /// An IPv4 datagram's 65,535 bytes less IPv4 (20), UDP (8) and VXLAN (8) headers and an inner Ethernet header with
-  /// two VLAN tags (22).
-  static let mtuBytesMax = 65_535 - 20 - 8 - 8 - 22
+  /// What VNET/P carries: an IPv4 datagram's 65,535 bytes less IPv4 (20) and UDP (8) headers and the inner Ethernet
+  /// header (14).
+  static let mtuBytesMax = 65_535 - 20 - 8 - 14
+  /// What VXLAN carries: its header (8) and two VLAN tags (8) less.
+  static let mtuBytesMaxVXLAN = mtuBytesMax - 8 - 8
   /// IORING_MAX_ENTRIES of the kernel's io_uring/io_uring.h.
   static let ringEntriesMax = 32_768
   /// The largest buffer that a 32-bit socket option, which the kernel doubles, can ask for.
@@ -168,7 +171,10 @@ public enum Schema {
     KeyDefinition(
       .underlay, "vxlan_port", .integer(1...65_535), default: .value(.integer(4789)),
       "The UDP port that VXLAN is received on, and sent to where a link's `remote` has no port of its own."),
-    .later(.underlay, "vnetp_port", "The UDP port for VNET/P links."),
+    KeyDefinition(
+      .underlay, "vnetp_port", .integer(1...65_535), default: .value(.integer(9000)),
+      "The UDP port that VNET/P is received on, and sent to where a link's `remote` has no port of its own; not the "
+        + "same as `vxlan_port`."),
 
     KeyDefinition(
       .domain, "name", .string("name"), default: .required, "What the domain is called by ports and links."),
@@ -177,38 +183,48 @@ public enum Schema {
       "The VXLAN network identifier: the same on every node of the domain."),
     KeyDefinition(
       .domain, "forwarding", .choice(words(Configuration.Forwarding.self)), default: .value(.string("learning")),
-      later: [.string("routes")],
       "How the way of a frame is found. `learning`: from the source addresses of the frames that came before; what is "
-        + "unknown, broadcast or multicast is flooded."),
+        + "unknown, broadcast or multicast is flooded. `routes`: by the rules of its `[[route]]` sections alone, "
+        + "without learning and without floods."),
     KeyDefinition(
       .domain, "ageing_s", .integer(1...ageingSecondsMax), default: .value(.integer(300)),
       "Seconds after which a MAC address that was not seen again is forgotten."),
     KeyDefinition(
       .domain, "macs_max", .integer(1...macsMax), default: .value(.integer(8192)),
       "The most MAC addresses that are learned; frames to further ones are flooded."),
+    KeyDefinition(
+      .domain, "flood_frames_per_second_max", .integer(0...1_000_000_000), default: .value(.integer(0)),
+      "The most frames a second that each worker floods, so that a loop or a noisy guest does not take the domain "
+        + "down; 0: no limit."),
 
     KeyDefinition(
       .port, "name", .string("name"), default: .required,
       "What the port is called in logs and counters; no other port or link has the name."),
     KeyDefinition(
       .port, "kind", .choice(words(Configuration.PortKind.self)), default: .value(.string("tap")),
-      later: [.string("packet"), .string("vhost-user")],
-      "What the port is. `tap`: a TAP device, made at start and removed at the end unless it was there before."),
+      later: [.string("vhost-user")],
+      "What the port is. `tap`: a TAP device, made at start and removed at the end unless it was there before. "
+        + "`packet`: a network device that is there already (a NIC, a veth's end, a VMM's TAP), by AF_PACKET."),
     KeyDefinition(
       .port, "device", .string("device name"), default: .derived("the port's name"),
       "The network device's name: 1 to \(deviceNameBytesMax) bytes."),
     .later(.port, "socket", "The socket of a vhost-user port."),
     KeyDefinition(
-      .port, "domain", .string("name of a domain"), default: .derived("the only domain, where there is just one"),
-      "The name of the domain that the port belongs to."),
-    .later(.port, "mac", "The guest's MAC address, for VNET routes that name an interface by it."),
+      .port, "domain", .string("name of a domain"),
+      default: .derived("the only domain, where there is just one and the port is no end of a passthrough"),
+      "The name of the domain that the port belongs to; not for an end of a passthrough."),
+    KeyDefinition(
+      .port, "mac", .string("MAC address"), default: .derived("unknown"),
+      "The guest's MAC address, by which the VNET/P control language names an interface; no other port has it."),
     KeyDefinition(
       .port, "queues", .integer(1...queuesMax), default: .value(.integer(1)),
-      "How many queues the device has; each is read by one worker."),
+      "How many queues the device has; each is read by one worker. A packet port has one."),
     KeyDefinition(
       .port, "mtu", .integer(mtuBytesMin...mtuBytesMax),
-      default: .derived("the underlay's MTU less 50 (IPv4) or 70 (IPv6)"),
-      "The device's MTU in bytes."),
+      default: .derived(
+        "what the links of the domain carry without fragments: the underlay's MTU less 50 (VXLAN over IPv4), 70 (VXLAN "
+          + "over IPv6), 42 (VNET/P over IPv4) or 62 (VNET/P over IPv6)"),
+      "The device's MTU in bytes; at most \(mtuBytesMaxVXLAN) where a VXLAN link is in the domain."),
     KeyDefinition(
       .port, "offloads", .boolean, default: .value(.boolean(false)), later: [.boolean(true)],
       "Whether super-frames and frames without checksums are taken from and given to the guest."),
@@ -218,40 +234,56 @@ public enum Schema {
       "What the link is called in logs and counters; no other port or link has the name."),
     KeyDefinition(
       .link, "remote", .string("address or host name"), default: .required,
-      "The other node's address or host name, with a UDP port where it is not `vxlan_port`: `10.99.0.2`, "
-        + "`10.99.0.2:4790`, `fd00::2`, `[fd00::2]:4790`, `host-b`. A name is resolved once, at start."),
+      "The other node's address or host name, with a UDP port where it is not `vxlan_port` or `vnetp_port`: "
+        + "`10.99.0.2`, `10.99.0.2:4790`, `fd00::2`, `[fd00::2]:4790`, `host-b`. A name is resolved once, at start."),
     KeyDefinition(
       .link, "encapsulation", .choice(words(Configuration.Encapsulation.self)), default: .value(.string("vxlan")),
-      later: [.string("vnetp")], "How frames travel. `vxlan`: RFC 7348."),
+      "How frames travel. `vxlan`: RFC 7348. `vnetp`: the raw frame in UDP, as VNET/P has it; such a link carries one "
+        + "domain, for its frames bear no VNI, and is known by the other node's address alone."),
     KeyDefinition(
-      .link, "domains", .strings, default: .derived("every domain"), "The names of the domains that the link carries."),
+      .link, "domains", .strings, default: .derived("every domain; for `vnetp` the only one, where there is just one"),
+      "The names of the domains that the link carries."),
     KeyDefinition(
-      .link, "relay", .boolean, default: .value(.boolean(false)), later: [.boolean(true)],
-      "Whether frames from this link may leave by other links."),
+      .link, "relay", .boolean, default: .value(.boolean(false)),
+      "Whether frames from this link may leave by other links. Links that relay must form a tree, or frames go round."),
     KeyDefinition(
-      .link, "fragment", .boolean, default: .value(.boolean(false)), later: [.boolean(true)],
-      "Whether the underlay may fragment what is over its MTU."),
+      .link, "fragment", .boolean, default: .derived("`true` for `vnetp`, `false` for `vxlan`"),
+      "Whether the underlay may fragment what is over its MTU. `false`: such frames are dropped and counted."),
     KeyDefinition(
       .link, "reserved_bits", .choice(words(Configuration.ReservedBits.self)), default: .value(.string("ignore")),
-      "What happens to datagrams whose reserved bits are not zero. `ignore`: forwarded, as RFC 7348 has it; `drop`: "
-        + "dropped and counted, as Linux does."),
+      "What happens to VXLAN datagrams whose reserved bits are not zero. `ignore`: forwarded, as RFC 7348 has it; "
+        + "`drop`: dropped and counted, as Linux does."),
 
-    .later(.route, "domain", "The domain that the rule is for."),
-    .later(.route, "source", "Which source MAC addresses."),
-    .later(.route, "destination", "Which destination MAC addresses."),
-    .later(.route, "from", "The port or link that the frame came from."),
-    .later(.route, "to", "The port or link that the frame goes to."),
-    .later(.passthrough, "a", "One port."),
-    .later(.passthrough, "b", "The other port."),
+    KeyDefinition(
+      .route, "domain", .string("name of a domain"), default: .derived("the only domain, where there is just one"),
+      "The domain that the rule is for; its `forwarding` is `routes`."),
+    KeyDefinition(
+      .route, "source", .string("MAC pattern"), default: .required,
+      "Which source addresses: `any`, `02:00:00:00:00:0a`, or `not-02:00:00:00:00:0a` for any but that one."),
+    KeyDefinition(
+      .route, "destination", .string("MAC pattern"), default: .required,
+      "Which destination addresses, as `source` has them, or `none`: the rule is then the default route of its source."
+    ),
+    KeyDefinition(
+      .route, "from", .string("`any`, `port:NAME` or `link:NAME`"), default: .value(.string("any")),
+      "Where the frame came in."),
+    KeyDefinition(
+      .route, "to", .string("`port:NAME` or `link:NAME`"), default: .required, "Where the frame goes."),
+
+    KeyDefinition(.passthrough, "a", .string("name of a port"), default: .required, "One port."),
+    KeyDefinition(.passthrough, "b", .string("name of a port"), default: .required, "The other port."),
 
     KeyDefinition(
       .tuning, "layout", .choice(words(Configuration.Layout.self)), default: .value(.string("auto")),
-      later: [.string("pipeline")],
-      "How the stages are spread over workers. `fused`: each worker runs all stages over its own queues; `auto`: the "
-        + "one that measures best for the CPUs there are."),
+      "How the stages are spread over workers. `fused`: each worker runs all stages over its own queues; `pipeline`: "
+        + "receive, route and transmit have CPUs of their own, with rings between; `auto`: `pipeline` with "
+        + "`dispatch = \"vmm-driven\"` and at least \(WorkerSet.pipelineCPUsMin) CPUs, else `fused`."),
     KeyDefinition(
-      .tuning, "cpus", .string("auto, or a list such as 0,1"), default: .value(.string("auto")),
-      "The CPUs that workers are pinned to, one worker each, such as \"0,1\"; `auto`: chosen at start."),
+      .tuning, "cpus", .string("auto, a list such as 0,1, or CPUs by stage such as rx=0 route=1 tx=2,3"),
+      default: .value(.string("auto")),
+      "The CPUs that workers are pinned to. A list such as \"0,1\": one worker each, for `fused`. By stage, such as "
+        + "\"rx=0 route=1 tx=2,3\": for `pipeline`; stages that share a CPU run there in turn. `auto`: chosen at start."
+    ),
     KeyDefinition(
       .tuning, "dispatch", .choice(words(Configuration.Dispatch.self)), default: .value(.string("adaptive")),
       "When a worker looks for frames. `guest-driven`: sleeps in the kernel and handles each event at once, for "
@@ -276,9 +308,8 @@ public enum Schema {
         + "costs latency."),
     KeyDefinition(
       .tuning, "io", .choice(words(Configuration.IO.self)), default: .value(.string("auto")),
-      later: [.string("syscalls")],
-      "How workers talk to the kernel. `uring`: io_uring; `auto`: what this kernel allows."
-    ),
+      "How workers talk to the kernel. `uring`: io_uring; `syscalls`: plain system calls, for hosts that forbid it; "
+        + "`auto`: io_uring where this kernel allows it."),
     KeyDefinition(
       .tuning, "ring_entries", .integer(8...ringEntriesMax), default: .value(.integer(256)),
       "Entries of a worker's submission queue; the kernel rounds up to a power of two."),
@@ -293,6 +324,13 @@ public enum Schema {
       "Buffers of each worker, of 64 KiB of address space each. What `batch_frames` leaves of them may wait for "
         + "full sockets."
     ),
+    KeyDefinition(
+      .tuning, "ring_depth_frames", .integer(16...65_536),
+      default: .derived("as many as there are slots: then a ring is never full"),
+      "Frames that each ring between two workers of a pipeline holds; it is rounded up to a power of two."),
+    KeyDefinition(
+      .tuning, "ring_batch_frames", .integer(1...512), default: .value(.integer(64)),
+      "The most frames that a worker takes from such a ring at a time."),
     KeyDefinition(
       .tuning, "send_buffer_bytes", .integer(4096...socketBufferBytesMax), default: .value(.integer(7 << 20)),
       "The send buffer of each link's sockets, in bytes."),

@@ -3,29 +3,48 @@ import Datapath
 /// Which number everything of a configuration has at the workers, and which worker does what: pure.
 ///
 /// - Interfaces: the ports in order, then the links.
-/// - Sources, the same at each worker: control's waker, the underlay's socket of each family, then each queue of
-///   each port.
-/// - Lanes, the same at each worker: one for each port, then one for each source port of each link.
+/// - Sources, the same at each worker: control's waker, the underlay's socket of each family and encapsulation, then
+///   each queue of each port. Only receivers open any but the first.
+/// - Lanes, the same at each worker: one for each port, then one for each source port of each link. Only transmitters
+///   open any.
 struct Plan {
   let ports: [Configuration.Port]
   let links: [Configuration.Link]
   let domains: [Configuration.Domain]
+  let routes: [Configuration.Route]
+  let passthroughs: [Configuration.Passthrough]
   let families: [UnderlayAddress]
+  /// Those that a link uses.
+  let encapsulations: [Configuration.Encapsulation]
   let sourcePorts: Int
-  let cpus: [Int]
+  /// `fused` or `pipeline`.
+  let layout: Configuration.Layout
+  /// Why this layout and these CPUs, for the log.
+  let whyTheseWorkers: String
+  private let workerSet: WorkerSet
   private let firstQueueSource: [Int]
   private let sourcesUsed: Int
 
-  var workerCount: Int { cpus.count }
-
-  init(_ configuration: Configuration, cpus: [Int]) {
+  /// - Parameter allowed: the CPUs that this process may use, ascending.
+  init(_ configuration: Configuration, allowed: [Int]) {
     ports = configuration.ports
     links = configuration.links
     domains = configuration.domains
+    routes = configuration.routes
+    passthroughs = configuration.passthroughs
     families = configuration.underlay.addresses
+    let links = links
+    encapsulations = Configuration.Encapsulation.allCases.filter { used in
+      links.contains { $0.encapsulation == used }
+    }
     sourcePorts = configuration.tuning.sourcePorts
-    self.cpus = cpus
-    var next = 1 + families.count
+    let choice = WorkerSet.choose(
+      layout: configuration.tuning.layout, cpus: configuration.tuning.cpus, dispatch: configuration.tuning.dispatch,
+      queuesMax: configuration.ports.map(\.queues).max() ?? 1, allowed: allowed)
+    workerSet = choice.workers
+    layout = choice.layout
+    whyTheseWorkers = choice.why
+    var next = 1 + families.count * encapsulations.count
     var first: [Int] = []
     for port in ports {
       first.append(next)
@@ -35,15 +54,52 @@ struct Plan {
     sourcesUsed = next
   }
 
+  // MARK: Workers
+
+  /// By number: the CPU that it is pinned to, and its stages.
+  var workers: [WorkerSet.Member] { workerSet.workers }
+  var workerCount: Int { workers.count }
+  /// The numbers of the workers with a role.
+  var receivers: [Int] { workerSet.receivers }
+  var routers: [Int] { workerSet.routers }
+  var transmitters: [Int] { workerSet.transmitters }
+
+  /// The workers that route what a receiver takes: itself alone, or others over a ring each.
+  func routers(ofReceiver receiver: Int) -> [Int] { workerSet.routers(ofReceiver: receiver) }
+  /// The workers that send what a router routes: itself alone, or others over a ring each.
+  func transmitters(ofRouter router: Int) -> [Int] { workerSet.transmitters(ofRouter: router) }
+
   // MARK: Indices
 
   func interface(port: Int) -> InterfaceIndex { InterfaceIndex(port) }
   func interface(link: Int) -> InterfaceIndex { InterfaceIndex(ports.count + link) }
   func domain(named name: String) -> DomainIndex { DomainIndex(domains.firstIndex { $0.name == name }!) }
+  /// `.none` for an end of a passthrough.
+  func domain(ofPort port: Int) -> DomainIndex { ports[port].domain.map(domain(named:)) ?? .none }
+  /// The interface of a name in a route.
+  func interface(named name: Configuration.InterfaceName) -> InterfaceIndex {
+    switch name {
+    case .port(let name): interface(port: ports.firstIndex { $0.name == name }!)
+    case .link(let name): interface(link: links.firstIndex { $0.name == name }!)
+    }
+  }
+  /// The port that a port is wired to; nil for a port of a domain.
+  func partner(ofPort port: Int) -> Int? {
+    let name = ports[port].name
+    guard let pair = passthroughs.first(where: { $0.a == name || $0.b == name }) else { return nil }
+    let other = pair.a == name ? pair.b : pair.a
+    return ports.firstIndex { $0.name == other }
+  }
 
-  func source(family: Int) -> Int { 1 + family }
-  /// The family of a source of the underlay's.
-  func family(ofSource source: Int) -> Int { source - 1 }
+  /// - Parameters:
+  ///   - family: the place in `families`.
+  ///   - encapsulation: the place in `encapsulations`.
+  func source(family: Int, encapsulation: Int) -> Int { 1 + family * encapsulations.count + encapsulation }
+  /// The places of a source of the underlay's; nil for the waker and for queues.
+  func underlay(ofSource source: Int) -> (family: Int, encapsulation: Int)? {
+    guard source >= 1, source <= families.count * encapsulations.count else { return nil }
+    return ((source - 1) / encapsulations.count, (source - 1) % encapsulations.count)
+  }
   func source(port: Int, queue: Int) -> Int { firstQueueSource[port] + queue }
   /// The port and the queue of a source; nil for the waker and the underlay.
   func queue(ofSource source: Int) -> (port: Int, queue: Int)? {
@@ -62,37 +118,18 @@ struct Plan {
 
   // MARK: Who does what
 
-  /// The worker that reads a queue: queues go round the workers, and ports start at different ones.
-  func reader(port: Int, queue: Int) -> Int { (port + queue) % workerCount }
+  /// The worker that reads a queue: queues go round the receivers, and ports start at different ones.
+  func reader(port: Int, queue: Int) -> Int { receivers[(port + queue) % receivers.count] }
 
-  /// The queue that a worker writes a port's frames to: one that it reads where there is one, because the kernel steers
-  /// a flow's answers to the queue that the flow was last written to.
+  /// The queue that a transmitter writes a port's frames to: one that it reads where there is one, because the kernel
+  /// steers a flow's answers to the queue that the flow was last written to.
   func writtenQueue(port: Int, worker: Int) -> Int {
     let queues = ports[port].queues
-    return (0..<queues).first { reader(port: port, queue: $0) == worker } ?? worker % queues
+    if let own = (0..<queues).first(where: { reader(port: port, queue: $0) == worker }) { return own }
+    return (transmitters.firstIndex(of: worker) ?? 0) % queues
   }
 
-  /// The CPUs of the workers: those asked for, or as many of the last allowed ones as the port with the most queues can
-  /// use. The first CPU comes last: the kernel's housekeeping is there.
-  static func chooseCPUs(_ configuration: Configuration, allowed: [Int]) throws(PortError) -> (cpus: [Int], why: String)
-  {
-    if let asked = configuration.tuning.cpus {
-      let missing = asked.filter { !allowed.contains($0) }
-      guard missing.isEmpty else {
-        throw PortError(
-          doing: "pin workers to CPU \(missing.map(String.init).joined(separator: ", "))", number: 0,
-          reason: "this process may use only \(allowed.map(String.init).joined(separator: ", "))",
-          remedy: "set tuning.cpus to some of those")
-      }
-      return (asked, "as asked")
-    }
-    let queues = configuration.ports.map(\.queues).max() ?? 1
-    let count = max(1, min(queues, allowed.count))
-    return (
-      Array(allowed.suffix(count)),
-      count == 1 ? "one worker, no port has several queues" : "one worker for each of \(count) queues"
-    )
-  }
+  // MARK: MTUs
 
   /// A port's MTU: what was asked for, or what the underlay carries of the links of its domain without fragments; the
   /// kernel's usual one in a domain without links.
@@ -102,7 +139,22 @@ struct Plan {
 
   /// What the links of a port's domain carry of its frames without fragments; nil in a domain without links.
   func carriedBytes(port: Int, linkMTUBytes: [Int]) -> Int? {
-    links.indices.filter { links[$0].domains.contains(ports[port].domain) }.map { linkMTUBytes[$0] }.min()
+    guard let domain = ports[port].domain else { return nil }
+    return links.indices.filter { links[$0].domains.contains(domain) }.map { linkMTUBytes[$0] }.min()
+  }
+
+  /// The longest payload of a frame that a link carries without fragments.
+  /// - Parameter underlayMTUBytes: the MTU of the path to its other end.
+  func mtuBytesWithoutFragments(link: Int, underlayMTUBytes: Int) -> Int {
+    let link = links[link]
+    return underlayMTUBytes - link.encapsulation.onTheWire.overheadBytes(isIPv4: link.remote.address.isIPv4)
+  }
+
+  /// The longest payload of a frame that a link carries at all.
+  func mtuBytesMax(link: Int, underlayMTUBytes: Int) -> Int {
+    links[link].fragments
+      ? links[link].encapsulation.onTheWire.payloadBytesMax
+      : mtuBytesWithoutFragments(link: link, underlayMTUBytes: underlayMTUBytes)
   }
 
   /// The address of this node that a link is sent from; nil where its family has none.
@@ -120,23 +172,38 @@ struct Plan {
 
   /// The forwarding state of all of this.
   func snapshot(version: UInt64, tables: [MACTable], mtuBytes: [Int]) throws(Snapshot.Invalid) -> Snapshot {
-    var interfaces: [Snapshot.Interface] = []
-    for (number, port) in ports.enumerated() {
-      interfaces.append(
-        Snapshot.Interface(
-          interface(port: number), .port(domain: domain(named: port.domain)), mtuBytes: mtuBytes[number]))
-    }
-    for (number, link) in links.enumerated() {
-      interfaces.append(
-        Snapshot.Interface(
-          interface(link: number),
-          .link(
-            peer: link.remote.address, domains: link.domains.map { domain(named: $0) },
-            dropsReservedBits: link.reservedBits == .drop),
-          mtuBytes: FrameMemory.payloadBytesMax))
-    }
+    let interfaces =
+      ports.indices.map { port in
+        Snapshot.Interface(interface(port: port), kind(ofPort: port), mtuBytes: mtuBytes[port])
+      }
+      + links.indices.map { link in
+        Snapshot.Interface(interface(link: link), kind(ofLink: link), mtuBytes: FrameMemory.payloadBytesMax)
+      }
     return try Snapshot(
       version: version, interfaces: interfaces,
       domains: domains.enumerated().map { Snapshot.Domain(DomainIndex($0), vni: $1.vni, macs: tables[$0]) })
+  }
+
+  // What a snapshot is told of ports, links and rules: here, and nowhere else.
+
+  private func kind(ofPort port: Int) -> Snapshot.Interface.Kind {
+    .port(domain: domain(ofPort: port))
+  }
+
+  private func kind(ofLink number: Int) -> Snapshot.Interface.Kind {
+    let link = links[number]
+    return .link(
+      peer: link.remote.address, domains: link.domains.map { domain(named: $0) }, isRelay: link.isRelay,
+      dropsReservedBits: link.reservedBits == .drop)
+  }
+}
+
+extension Configuration.Encapsulation {
+  /// The data path's word for it.
+  var onTheWire: Encapsulation {
+    switch self {
+    case .vxlan: .vxlan
+    case .vnetp: .vnetp
+    }
   }
 }

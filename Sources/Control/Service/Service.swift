@@ -47,7 +47,6 @@ public final class Service {
   private let log: Logger
   private let signals: Signals
   private let plan: Plan
-  private let whyTheseCPUs: String
   private let waker: Int32
   private let notify: Notify
   private let tables: [MACTable]
@@ -55,12 +54,13 @@ public final class Service {
   private var workers: [WorkerThread] = []
   private let startNanoseconds = Service.now()
 
-  /// For each family of the underlay and each worker the socket that receives.
-  private var underlaySockets: [[Int32]] = []
+  private var underlaySockets: [UnderlayState] = []
   private var ports: [PortState] = []
   private var links: [LinkState] = []
-  /// The longest payload that each link carries without fragments.
-  private let linkMTUBytes: [Int]
+  /// The longest payload that each link carries.
+  private let linkMTUBytesMax: [Int]
+  /// What the kernel had counted before this service started.
+  private let reassemblyFailuresBefore = UnderlaySocket.reassemblyFailures()
   /// Sources of the underlay's sockets whose receive failed, by worker: they are opened again at the next tick.
   private var deafSources: [(worker: Int, source: Int)] = []
   /// The workers that answered an audit since the last tick.
@@ -81,6 +81,14 @@ public final class Service {
     var isDown = false
   }
 
+  /// A socket that receives, of one receiver.
+  private struct UnderlayState {
+    let worker: Int
+    let source: Int
+    let kind: SourceKind
+    let descriptor: Int32
+  }
+
   private struct LinkState {
     /// By worker, then by source port; empty while there is no route to the other end.
     var sockets: [[Int32]] = []
@@ -97,9 +105,8 @@ public final class Service {
     self.log = log
     self.signals = signals
     notify = Notify(logger: log)
-    let (cpus, why) = try Plan.chooseCPUs(configuration, allowed: ProcessorSet.allowed())
-    plan = Plan(configuration, cpus: cpus)
-    whyTheseCPUs = why
+    for warning in configuration.warnings { log.warning("\(warning)") }
+    plan = Plan(configuration, allowed: ProcessorSet.allowed())
     waker = try Waker.make()
     let deviceMTUBytes = try plan.families.map { address in
       guard let device = UnderlaySocket.device(of: address) else {
@@ -111,21 +118,22 @@ public final class Service {
       return device.mtuBytes
     }
     let plan = plan
-    let linkMTUBytes = plan.links.indices.map { link -> Int in
+    let pathMTUBytes = plan.links.indices.map { link -> Int in
       guard let local = plan.local(ofLink: link), let family = plan.families.firstIndex(of: local) else { return 0 }
       // The route's, because the address may be a loopback one; the device's where there is no route yet.
-      let underlay =
-        UnderlaySocket.pathMTUBytes(from: local, to: plan.links[link].remote.address) ?? deviceMTUBytes[family]
-      return underlay - (local.isIPv4 ? VXLANLink.overheadBytesIPv4 : VXLANLink.overheadBytesIPv6)
+      return UnderlaySocket.pathMTUBytes(from: local, to: plan.links[link].remote.address) ?? deviceMTUBytes[family]
     }
-    self.linkMTUBytes = linkMTUBytes
+    let linkMTUBytes = plan.links.indices.map {
+      plan.mtuBytesWithoutFragments(link: $0, underlayMTUBytes: pathMTUBytes[$0])
+    }
+    linkMTUBytesMax = plan.links.indices.map { plan.mtuBytesMax(link: $0, underlayMTUBytes: pathMTUBytes[$0]) }
     let mtuBytes = plan.ports.indices.map { plan.mtuBytes(port: $0, linkMTUBytes: linkMTUBytes) }
     tables = configuration.domains.map { MACTable(macsMax: $0.macsMax) }
     controlCounters = configuration.domains.map { _ in CounterBlock() }
     snapshot = try plan.snapshot(version: 1, tables: tables, mtuBytes: mtuBytes)
     ports = mtuBytes.map { PortState(mtuBytes: $0) }
     for (port, bytes) in mtuBytes.enumerated() {
-      guard let carried = plan.carriedBytes(port: port, linkMTUBytes: linkMTUBytes), carried < bytes else {
+      guard let carried = plan.carriedBytes(port: port, linkMTUBytes: linkMTUBytesMax), carried < bytes else {
         continue
       }
       log.warning(
@@ -143,18 +151,26 @@ public final class Service {
 
   private func openUnderlay() throws {
     let tuning = configuration.tuning
-    let udpPort = configuration.underlay.vxlanPort
-    for address in plan.families {
-      // Alone first: with SO_REUSEPORT a second service would silently get a share of our datagrams.
-      let isShared = plan.workerCount > 1
-      if isShared {
-        close(try UnderlaySocket.receive(on: address, port: udpPort, isShared: false, bufferBytes: 4_096))
+    for (family, address) in plan.families.enumerated() {
+      for (number, configured) in plan.encapsulations.enumerated() {
+        let udpPort = configuration.underlay.port(of: configured)
+        // Alone first: with SO_REUSEPORT a second service would silently get a share of our datagrams.
+        let isShared = plan.receivers.count > 1
+        if isShared {
+          close(
+            try UnderlaySocket.receive(
+              on: address, port: udpPort, encapsulation: configured.onTheWire, isShared: false, bufferBytes: 4_096))
+        }
+        for worker in plan.receivers {
+          let descriptor = try UnderlaySocket.receive(
+            on: address, port: udpPort, encapsulation: configured.onTheWire, isShared: isShared,
+            bufferBytes: tuning.receiveBufferBytes)
+          underlaySockets.append(
+            UnderlayState(
+              worker: worker, source: plan.source(family: family, encapsulation: number),
+              kind: configured == .vxlan ? .vxlan : .vnetp, descriptor: descriptor))
+        }
       }
-      underlaySockets.append(
-        try plan.cpus.map { _ in
-          try UnderlaySocket.receive(
-            on: address, port: udpPort, isShared: isShared, bufferBytes: tuning.receiveBufferBytes)
-        })
     }
   }
 
@@ -201,7 +217,7 @@ public final class Service {
           sockets[worker].append(
             try UnderlaySocket.transmit(
               from: local, to: configured.remote.address, port: configured.remote.port, spread: spread,
-              bufferBytes: configuration.tuning.sendBufferBytes))
+              fragments: configured.fragments, bufferBytes: configuration.tuning.sendBufferBytes))
         }
       }
       links[link] = LinkState(sockets: sockets)
@@ -222,10 +238,14 @@ public final class Service {
 
   private func startWorkers() throws {
     let tuning = configuration.tuning
-    let cpus = plan.cpus.map(String.init).joined(separator: ",")
-    log.info("workers", metadata: ["cpus": "\(cpus)", "layout": "fused", "why": "\(whyTheseCPUs)"])
-    for (number, cpu) in plan.cpus.enumerated() {
-      var settings = WorkerThread.Plan(number: number, cpu: cpu)
+    let cpus = plan.workers.map { plan.layout == .fused ? "\($0.cpu)" : "\($0.roles)=\($0.cpu)" }
+    log.info(
+      "workers",
+      metadata: [
+        "cpus": "\(cpus.joined(separator: " "))", "layout": "\(plan.layout)", "why": "\(plan.whyTheseWorkers)",
+      ])
+    for (number, worker) in plan.workers.enumerated() {
+      var settings = WorkerThread.Plan(number: number, cpu: worker.cpu)
       settings.ringEntries = tuning.ringEntries
       settings.slots = tuning.slots
       settings.without = tuning.without
@@ -279,27 +299,27 @@ public final class Service {
     for link in plan.links.indices {
       let interface = plan.interface(link: link)
       let record = InterfaceRecord(
-        .vxlan, laneFirst: plan.lane(link: link, sourcePort: 0), laneCount: plan.sourcePorts,
-        mtuBytes: linkMTUBytes[link],
+        plan.links[link].encapsulation == .vxlan ? .vxlan : .vnetp, laneFirst: plan.lane(link: link, sourcePort: 0),
+        laneCount: plan.sourcePorts,
+        mtuBytes: linkMTUBytesMax[link],
         counters: interfaceCounters[number][interface.index].writer)
       worker.send(.addInterface(interface, record), wakes: false)
       lendLink(link, to: worker)
     }
-    for family in plan.families.indices { lendUnderlay(family, to: worker) }
+    for socket in underlaySockets where socket.worker == number { lend(socket) }
   }
 
-  private func lendUnderlay(_ family: Int, to worker: WorkerThread) {
-    worker.send(
-      .openSource(
-        plan.source(family: family), .vxlan, interface: .none, domain: .none,
-        descriptor: underlaySockets[family][worker.plan.number]), wakes: false)
+  private func lend(_ socket: UnderlayState) {
+    workers[socket.worker].send(
+      .openSource(socket.source, socket.kind, interface: .none, domain: .none, descriptor: socket.descriptor),
+      wakes: false)
   }
 
   private func lend(_ port: Int, to worker: WorkerThread) {
     guard let device = ports[port].device else { return }
     let number = worker.plan.number
     let interface = plan.interface(port: port)
-    let domain = plan.domain(named: plan.ports[port].domain)
+    let domain = plan.domain(ofPort: port)
     worker.send(
       .openLane(
         plan.lane(port: port), .tap, interface: interface,
@@ -411,7 +431,7 @@ public final class Service {
     }
     for port in plan.ports.indices where ports[port].isDown && ports[port].closing == 0 { bringBack(port) }
     for (worker, source) in deafSources {
-      lendUnderlay(plan.family(ofSource: source), to: workers[worker])
+      for socket in underlaySockets where socket.worker == worker && socket.source == source { lend(socket) }
       workers[worker].wake()
     }
     deafSources = []
@@ -486,8 +506,8 @@ public final class Service {
     ports[port].device?.close()
     ports[port].device = nil
     // Whoever was behind it may be elsewhere by now: frames to it are flooded until it is heard of.
-    let domain = plan.domain(named: plan.ports[port].domain)
-    _ = tables[domain.index].removeAll(at: plan.interface(port: port))
+    let domain = plan.domain(ofPort: port)
+    if domain != .none { _ = tables[domain.index].removeAll(at: plan.interface(port: port)) }
   }
 
   private func bringBack(_ port: Int) {
@@ -532,7 +552,7 @@ public final class Service {
     let report = report(audits: audits)
     print(report)
     for port in ports { port.device?.close() }
-    for descriptor in underlaySockets.joined() { close(descriptor) }
+    for socket in underlaySockets { close(socket.descriptor) }
     for link in links { for descriptor in link.sockets.joined() { close(descriptor) } }
     guard audits.allSatisfy(\.holds) else { throw Failure(description: "frames were lost without a name; see above") }
   }
@@ -575,8 +595,10 @@ public final class Service {
 
   private func report(audits: [Audit?]) -> String {
     var rows = [CounterReport.Row(.underlay, "", workers.map(\.underlayCounters))]
-    let bufferDrops = underlaySockets.joined().reduce(0) { $0 + UnderlaySocket.receiveBufferDrops($1) }
+    let bufferDrops = underlaySockets.reduce(0) { $0 + UnderlaySocket.receiveBufferDrops($1.descriptor) }
     rows[0].values[Counter.receiveBufferDrops.rawValue] = UInt64(bufferDrops)
+    let reassemblyFailures = UnderlaySocket.reassemblyFailures() - reassemblyFailuresBefore
+    rows[0].values[Counter.reassemblyFailures.rawValue] = UInt64(max(0, reassemblyFailures))
     for (number, port) in plan.ports.enumerated() {
       rows.append(.init(.port, port.name, interfaceCounters.map { $0[plan.interface(port: number).index] }))
     }

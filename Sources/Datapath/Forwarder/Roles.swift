@@ -19,10 +19,21 @@ public struct Roles: OptionSet, BitwiseCopyable, Hashable, Sendable {
     next(.route, .transmit, worker, workers)
   }
 
-  /// Itself, if it has the next stage too; else every worker that has the next stage and not this one.
+  /// Itself, if it has the next stage too; else every worker that has the next stage and not this one, and so nothing
+  /// of its own to do there; else, where there are none of those, every worker that has the next stage.
   private static func next(_ stage: Roles, _ following: Roles, _ worker: Int, _ workers: [Roles]) -> [Int] {
     guard workers[worker].contains(stage) else { return [] }
     if workers[worker].contains(following) { return [worker] }
-    return workers.indices.filter { workers[$0].contains(following) && !workers[$0].contains(stage) }
+    let all = workers.indices.filter { workers[$0].contains(following) }
+    let free = all.filter { !workers[$0].contains(stage) }
+    return free.isEmpty ? all : free
+  }
+}
+
+extension Roles: CustomStringConvertible {
+  /// The stages by the names that the configuration has for them, such as `rx+route`.
+  public var description: String {
+    let names: [(role: Roles, name: String)] = [(.receive, "rx"), (.route, "route"), (.transmit, "tx")]
+    return names.filter { contains($0.role) }.map(\.name).joined(separator: "+")
   }
 }

@@ -29,6 +29,8 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
 
   /// Counted by the kernel, before a worker could receive them.
   case receiveBufferDrops
+  /// Counted by the kernel, for the whole network namespace.
+  case reassemblyFailures
 
   // Learning, by domain.
   case macsLearned, macMoves, macFreezes, macFrozenFrames, macLimitFrames, macsAged
@@ -169,7 +171,12 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     case .receiveBufferDrops:
       define(
         "receive_buffer_drops", [.underlay],
-        "Datagrams that the kernel dropped because a receive buffer was full: not among in_frames.")
+        "Datagrams that the kernel dropped because a receive buffer was full: not among in_frames.", unit: "datagrams")
+    case .reassemblyFailures:
+      define(
+        "reassembly_failures", [.underlay],
+        "Datagrams whose fragments never became whole, of all programs in this network namespace since start: not "
+          + "among in_frames.", unit: "datagrams")
 
     case .macsLearned: define("macs_learned", [.domain], "MAC addresses entered in the table.", unit: "addresses")
     case .macMoves: define("mac_moves", [.domain], "MAC addresses seen at a new place and followed.", unit: "moves")

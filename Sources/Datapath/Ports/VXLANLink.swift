@@ -11,11 +11,6 @@ import Glibc
 
 /// The per-frame side of VXLAN.
 public enum VXLANLink {
-  /// What a frame grows by on an IPv4 underlay: outer IP 20, UDP 8, VXLAN 8, and the inner Ethernet header 14.
-  public static let overheadBytesIPv4 = 50
-  /// The same on IPv6, whose header has 40 bytes.
-  public static let overheadBytesIPv6 = 70
-
   /// The datagram in a filled slot, before anything of it was looked at.
   @inline(__always)
   static func describe(_ event: IOEvent) -> Descriptor {
@@ -59,12 +54,17 @@ public enum UnderlaySocket {
   private static let busyRetries = 50
   private static let busyRetryMicroseconds: UInt32 = 20_000
 
-  /// A socket that receives the datagrams of all links of one family.
+  /// The least send buffer of a socket whose datagrams are fragmented, before the kernel doubles it: the fragments of
+  /// the longest one, each with the kernel's bookkeeping, must fit at once or the send fails (ENOBUFS). At an MTU of
+  /// 1,500 bytes 32,768 were enough and 16,384 were not, at 576 bytes 65,536 and 32,768.
+  static let fragmentingBufferBytesMin = 131_072
+
+  /// A socket that receives the datagrams of all links of one family and encapsulation.
   /// - Parameters:
   ///   - isShared: whether several workers bind the same address, each to a share of the flows (SO_REUSEPORT).
   ///   - bufferBytes: receive buffer; beyond the system's limit only with CAP_NET_ADMIN.
   public static func receive(
-    on address: UnderlayAddress, port: UInt16, isShared: Bool, bufferBytes: Int
+    on address: UnderlayAddress, port: UInt16, encapsulation: Encapsulation, isShared: Bool, bufferBytes: Int
   ) throws(PortError) -> Int32 {
     let doing = "receive on \(text(address, port))"
     let descriptor = try make(address, doing)
@@ -77,7 +77,9 @@ public enum UnderlaySocket {
       } else {
         try set(descriptor, Int32(IPPROTO_IPV6), IPV6_RECVTCLASS, 1, doing)
       }
-      try bind(descriptor, address, port, doing, retries: busyRetries)
+      try bind(
+        descriptor, address, port, doing, portKey: encapsulation == .vxlan ? "vxlan_port" : "vnetp_port",
+        retries: busyRetries)
     } catch {
       close(descriptor)
       throw error
@@ -87,23 +89,32 @@ public enum UnderlaySocket {
 
   /// A socket that sends to one link's other end, from a source port of its own: datagrams that come back to the
   /// tunnel's port must not be its.
-  /// - Parameter spread: which of the dynamic ports to try first; a taken one gives way to the next.
+  /// - Parameters:
+  ///   - spread: which of the dynamic ports to try first; a taken one gives way to the next.
+  ///   - fragments: whether a datagram that is longer than the path's MTU goes out in fragments; else the send fails
+  ///     (EMSGSIZE).
   public static func transmit(
-    from local: UnderlayAddress, to remote: UnderlayAddress, port: UInt16, spread: Int, bufferBytes: Int
+    from local: UnderlayAddress, to remote: UnderlayAddress, port: UInt16, spread: Int, fragments: Bool,
+    bufferBytes: Int
   ) throws(PortError) -> Int32 {
     let doing = "send to \(text(remote, port))"
     let descriptor = try make(local, doing)
     do throws(PortError) {
       // Links to different ends may share a source port: the four-tuples differ.
       try set(descriptor, SOL_SOCKET, SO_REUSEPORT, 1, doing)
-      try setBuffer(descriptor, SO_SNDBUFFORCE, SO_SNDBUF, bufferBytes, doing)
+      let sendBytes = fragments ? max(bufferBytes, fragmentingBufferBytesMin) : bufferBytes
+      try setBuffer(descriptor, SO_SNDBUFFORCE, SO_SNDBUF, sendBytes, doing)
       // Nothing but errors comes here.
       try set(descriptor, SOL_SOCKET, SO_RCVBUF, 1, doing)
-      // A tunnel's end must not fragment (RFC 7348 section 4.3): what is too long is told (EMSGSIZE) and counted.
+      // A VXLAN tunnel's end must not fragment (RFC 7348 section 4.3): what is too long is told (EMSGSIZE) and counted.
+      // Where fragments are wanted, routers may make them too (IPv4, no DF); on IPv6 only this host can, to the path's
+      // MTU as it is known.
       if local.isIPv4 {
-        try set(descriptor, Int32(IPPROTO_IP), IP_MTU_DISCOVER, IP_PMTUDISC_DO, doing)
+        let mode = fragments ? IP_PMTUDISC_DONT : IP_PMTUDISC_DO
+        try set(descriptor, Int32(IPPROTO_IP), IP_MTU_DISCOVER, mode, doing)
       } else {
-        try set(descriptor, Int32(IPPROTO_IPV6), IPV6_MTU_DISCOVER, IPV6_PMTUDISC_DO, doing)
+        let mode = fragments ? IPV6_PMTUDISC_WANT : IPV6_PMTUDISC_DO
+        try set(descriptor, Int32(IPPROTO_IPV6), IPV6_MTU_DISCOVER, mode, doing)
       }
       try bindToFreePort(descriptor, local, spread, doing)
       var room = sockaddr_storage()
@@ -160,10 +171,17 @@ public enum UnderlaySocket {
     var room = sockaddr_storage()
     let length = socketAddress(remote, 9, &room)
     guard unsafe withAddress(&room, { unsafe connect(descriptor, $0, length) }) == 0 else { return nil }
-    var bytes: Int32 = 0
-    var size = socklen_t(MemoryLayout<Int32>.size)
-    let (level, option) = local.isIPv4 ? (Int32(IPPROTO_IP), IP_MTU) : (Int32(IPPROTO_IPV6), IPV6_MTU)
-    return unsafe getsockopt(descriptor, level, option, &bytes, &size) == 0 && bytes > 0 ? Int(bytes) : nil
+    return pathMTUBytes(of: descriptor)
+  }
+
+  /// The MTU of the path that a connected socket sends along, in bytes, as the kernel knows it by now: it falls when a
+  /// router on the way says so. nil where the socket is not connected.
+  public static func pathMTUBytes(of descriptor: Int32) -> Int? {
+    guard let family = option(descriptor, SOL_SOCKET, SO_DOMAIN) else { return nil }
+    let bytes =
+      family == AF_INET
+      ? option(descriptor, Int32(IPPROTO_IP), IP_MTU) : option(descriptor, Int32(IPPROTO_IPV6), IPV6_MTU)
+    return bytes.flatMap { $0 > 0 ? Int($0) : nil }
   }
 
   /// Datagrams that the kernel dropped because the socket's receive buffer was full (SK_MEMINFO_DROPS).
@@ -202,6 +220,12 @@ public enum UnderlaySocket {
     }
   }
 
+  private static func option(_ descriptor: Int32, _ level: Int32, _ option: Int32) -> Int32? {
+    var value: Int32 = 0
+    var size = socklen_t(MemoryLayout<Int32>.size)
+    return unsafe getsockopt(descriptor, level, option, &value, &size) == 0 ? value : nil
+  }
+
   private static func setBuffer(
     _ descriptor: Int32, _ forced: Int32, _ plain: Int32, _ bytes: Int, _ doing: String
   ) throws(PortError) {
@@ -210,8 +234,10 @@ public enum UnderlaySocket {
     try set(descriptor, SOL_SOCKET, plain, value, doing)
   }
 
+  /// - Parameter portKey: the key of [underlay] that the port comes from; nil where no key names it.
   private static func bind(
-    _ descriptor: Int32, _ address: UnderlayAddress, _ port: UInt16, _ doing: String, retries: Int = 0
+    _ descriptor: Int32, _ address: UnderlayAddress, _ port: UInt16, _ doing: String, portKey: String? = nil,
+    retries: Int = 0
   ) throws(PortError) {
     var room = sockaddr_storage()
     let length = socketAddress(address, port, &room)
@@ -224,11 +250,12 @@ public enum UnderlaySocket {
     guard number == 0 else {
       let remedy =
         switch number {
-        case EADDRINUSE: "another program uses this UDP port; stop it or set underlay.vxlan_port"
+        case EADDRINUSE:
+          "another program uses this UDP port; stop it\(portKey.map { " or set underlay.\($0)" } ?? "")"
         case EADDRNOTAVAIL:
           "no device of this host has the address; set underlay.address (or --address) to one that `ip address` shows"
         case EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE"
-        default: "check underlay.address and underlay.vxlan_port"
+        default: "check underlay.address\(portKey.map { " and underlay.\($0)" } ?? "")"
         }
       throw PortError(doing: doing, number: number, remedy: remedy, mayPass: number == EADDRNOTAVAIL)
     }
