@@ -64,7 +64,8 @@ private func benchmarkDecision(_ report: Report) {
         let from = item & 3
         let to = (item &+ 1 &+ (item >> 2) % 3) & 3
         let decision = router.decide(
-          source: mac(from), destination: mac(to), ingress: InterfaceIndex(from), domain: domain, nowSeconds: 1)
+          source: mac(from), destination: mac(to), ingress: InterfaceIndex(from), domain: domain,
+          now: TurnClock(seconds: 1))
         if decision.action != .unicast(InterfaceIndex(to)) { wrong += 1 }
       }
     }
