@@ -13,7 +13,7 @@ private struct MACTableModel {
   }
   var entries: [UInt64: Entry] = [:]
   let macsMax: Int
-  /// Moves and removals.
+  /// Moves, freezes and removals.
   var changes: UInt32 = 0
 
   mutating func learn(_ mac: UInt64, at location: InterfaceIndex, now: UInt32) -> MACTable.Learned {
@@ -24,7 +24,7 @@ private struct MACTableModel {
     }
     if entry.location == location {
       entries[mac]!.lastSeen = now
-      return .known
+      return entry.frozenSince.map { now - $0 < MACTable.freezeSeconds } ?? false ? .held : .known
     }
     if let since = entry.frozenSince {
       if now - since < MACTable.freezeSeconds { return .frozen }
@@ -38,6 +38,7 @@ private struct MACTableModel {
     if entry.moves == MACTable.movesMax {
       entry.frozenSince = now
       entries[mac] = entry
+      changes += 1
       return .froze
     }
     entry.moves += 1
@@ -105,7 +106,7 @@ private struct MACTableModel {
     #expect(table.reference.learn(testMAC(1), at: there, nowSeconds: 101) == .froze)
     #expect(table.reference.lookup(testMAC(1)) == here)
     #expect(table.reference.learn(testMAC(1), at: there, nowSeconds: 101) == .frozen)
-    #expect(table.reference.learn(testMAC(1), at: here, nowSeconds: 102) == .known)
+    #expect(table.reference.learn(testMAC(1), at: here, nowSeconds: 102) == .held)
     #expect(table.entries(nowSeconds: 102).map(\.isFrozen) == [true])
     #expect(table.reference.learn(testMAC(1), at: there, nowSeconds: 100 + MACTable.freezeSeconds) == .frozen)
     #expect(table.reference.lookup(testMAC(1)) == here)
@@ -258,7 +259,7 @@ private struct MACTableModel {
       try #require(Set(table.entries(nowSeconds: now)) == Set(expected), "step \(step)")
     }
     // The run is worth something only if everything came up.
-    for learned in [MACTable.Learned.known, .learned, .moved, .frozen, .froze, .limited] {
+    for learned in [MACTable.Learned.known, .held, .learned, .moved, .frozen, .froze, .limited] {
       #expect(seen[learned, default: 0] > 20, "\(learned)")
     }
     #expect(aged > 20)

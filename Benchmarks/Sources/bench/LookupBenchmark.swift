@@ -41,6 +41,7 @@ func benchmarkLookup(_ report: Report) {
     report.check(changed == 0, "lookup: learning what is known changes nothing")
   }
   benchmarkDecision(report)
+  for rules in [10, 1_000, 10_000] { benchmarkRoutes(report, rules: rules) }
 }
 
 private func benchmarkDecision(_ report: Report) {
@@ -64,11 +65,62 @@ private func benchmarkDecision(_ report: Report) {
         let from = item & 3
         let to = (item &+ 1 &+ (item >> 2) % 3) & 3
         let decision = router.decide(
-          source: mac(from), destination: mac(to), ingress: InterfaceIndex(from), domain: domain, nowSeconds: 1)
+          source: mac(from), destination: mac(to), ingress: InterfaceIndex(from), domain: domain,
+          now: TurnClock(seconds: 1))
         if decision.action != .unicast(InterfaceIndex(to)) { wrong += 1 }
       }
     }
     report.check(wrong == 0, "lookup: decisions \(name) are right")
+  }
+}
+
+/// VNET rules: one for each guest, and rules of higher scores that match no frame but have to be looked up first.
+private func benchmarkRoutes(_ report: Report, rules: Int) {
+  let domain = DomainIndex(0)
+  let ports = 4
+  // The three highest patterns, from any port and from one.
+  let idle = (0..<2).flatMap { place in
+    let from: VNETRoute.Origin = place == 0 ? .any : .interface(InterfaceIndex(0))
+    let nobody = MACPattern.exact(MACAddress(bits: mac(1_000_000)))
+    return [
+      VNETRoute(source: nobody, destination: nobody, from: from, to: InterfaceIndex(0)),
+      VNETRoute(source: nobody, destination: .not(MACAddress(bits: 0)), from: from, to: InterfaceIndex(0)),
+      VNETRoute(source: .not(MACAddress(bits: 0)), destination: nobody, from: from, to: InterfaceIndex(0)),
+    ]
+  }
+  let guests = rules - idle.count
+  let routes = (0..<guests).map { number in
+    VNETRoute(source: .any, destination: .exact(MACAddress(bits: mac(number))), to: InterfaceIndex(number & 3))
+  }
+  guard
+    let snapshot = try? Snapshot(
+      version: 1,
+      interfaces: (0..<ports).map { Snapshot.Interface(InterfaceIndex($0), .port(domain: domain), mtuBytes: 1_500) },
+      domains: [
+        Snapshot.Domain(domain, vni: 42, macs: MACTable(macsMax: 16), forwarding: .routes(idle + routes))
+      ])
+  else { return report.check(false, "lookup: a snapshot with \(rules) rules is made") }
+
+  report.table("routing decision, \(rules) VNET rules", item: "frame")
+  let rows = [
+    ("8 flows, from the decision cache", true, 8), ("8 flows, made anew", false, 8),
+    ("every guest in random order, with the cache", true, guests), ("every guest in random order, anew", false, guests),
+  ]
+  for (name, cacheEnabled, flows) in rows {
+    var router = Router(snapshot.view, cacheEnabled: cacheEnabled)
+    var wrong = 0
+    var random = BenchmarkRandom(seed: 1)
+    let now = TurnClock(seconds: 1)
+    report.measure(name, items: 5_000_000) { items in
+      for _ in 0..<items {
+        let to = random.below(min(flows, guests))
+        let from = (to &+ 1) & 3
+        let decision = router.decide(
+          source: mac(to ^ 1), destination: mac(to), ingress: InterfaceIndex(from), domain: domain, now: now)
+        if decision.action != .unicast(InterfaceIndex(to & 3)) { wrong += 1 }
+      }
+    }
+    report.check(wrong == 0, "lookup: decisions by \(rules) rules, \(name), are right")
   }
 }
 

@@ -119,8 +119,8 @@ public struct CounterTable: ~Copyable {
 public struct RoutedFrame: BitwiseCopyable, Sendable {
   public enum Target: BitwiseCopyable, Sendable {
     case unicast(InterfaceIndex)
-    /// To every member but the frame's ingress.
-    case flood(SnapshotView.FloodSet)
+    /// To every target of the set.
+    case flood(TargetSet)
   }
   public var descriptor: Descriptor
   public var target: Target

@@ -50,7 +50,8 @@ struct ReceiveStage: ~Copyable {
       counters.countDrop(drop, descriptor, at: descriptor.ingress)
       memory.release(descriptor.buffer)
     } else {
-      let descriptor = VXLANLink.describe(event)
+      var descriptor = VXLANLink.describe(event)
+      descriptor.encapsulation = source.kind == .vnetp ? .vnetp : .vxlan
       counters.underlay.add(.inFrames)
       counters.underlay.add(.inBytes, Int(descriptor.length))
       guard descriptor.isTruncated else { return batch.append(descriptor) }

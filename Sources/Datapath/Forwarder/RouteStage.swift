@@ -1,22 +1,34 @@
 /// The second stage: where does a frame go?
 ///
 /// The way of a frame:
-/// 1. `identify`: a datagram's header gives its VNI; sender and VNI give link and domain. A frame from a port has them.
+/// 1. `identify`: a datagram's header gives its VNI; sender and VNI give link and domain, for VNET/P the sender alone.
+///    A frame from a port has them.
 /// 2. `decapsulate`: the congestion mark of the outer header is carried over to the inner frame.
 /// 3. The frame is parsed, once.
-/// 4. `Router.decide`: the source is learned, the destination looked up.
+/// 4. `Router.decide`: the source is learned, the destination looked up, or VNET rules decide. A frame from a passthrough
+///    port goes to the other end of its wire.
 /// 5. The frame goes on with its target; or it ends here, counted.
 struct RouteStage: ~Copyable {
   private var router: Router
 
-  init(_ view: SnapshotView) { router = Router(view) }
+  /// - Parameter domainCount: how many domains there may be, now and in later snapshots; nil: those of this one.
+  init(_ view: SnapshotView, domainCount: Int? = nil) { router = Router(view, domainCount: domainCount) }
 
   mutating func adopt(_ view: SnapshotView) { router.adopt(view) }
+
+  /// As below, with a clock that shows whole seconds: floods are then limited by the second.
+  @inline(__always)
+  mutating func route(
+    _ descriptor: Descriptor, nowSeconds: UInt32, _ memory: inout FrameMemory, _ counters: borrowing CounterTable,
+    into batch: inout RoutedBatch
+  ) {
+    route(descriptor, now: TurnClock(seconds: nowSeconds), &memory, counters, into: &batch)
+  }
 
   /// Routes one frame; appends it to `batch`, which has room, or drops it.
   @inline(__always)
   mutating func route(
-    _ descriptor: Descriptor, nowSeconds: UInt32, _ memory: inout FrameMemory, _ counters: borrowing CounterTable,
+    _ descriptor: Descriptor, now: TurnClock, _ memory: inout FrameMemory, _ counters: borrowing CounterTable,
     into batch: inout RoutedBatch
   ) {
     var descriptor = descriptor
@@ -36,11 +48,12 @@ struct RouteStage: ~Copyable {
       }
     } else {
       descriptor.typeOfService = parsed.typeOfService
+      if descriptor.domain == .none { return passThrough(descriptor, &memory, counters, into: &batch) }
     }
 
     let decision = router.decide(
       source: parsed.source.bits, destination: parsed.destination.bits, ingress: descriptor.ingress,
-      domain: descriptor.domain, nowSeconds: nowSeconds)
+      domain: descriptor.domain, frames: Int(descriptor.wireFrames), now: now)
     if let learned = decision.learned.counter {
       let isOfFrames = learned == .macFrozenFrames || learned == .macLimitFrames
       counters[descriptor.domain]?.add(learned, isOfFrames ? Int(descriptor.wireFrames) : 1)
@@ -49,13 +62,22 @@ struct RouteStage: ~Copyable {
     switch decision.action {
     case .unicast(let egress):
       batch.append(RoutedFrame(descriptor: descriptor, target: .unicast(egress), vni: vni))
-    case .flood:
-      let members = router.view.floodSet(domain: descriptor.domain, ingress: descriptor.ingress)
-      guard members.targetCount > 0 else { return drop(.dropNoDestination, descriptor, &memory, counters) }
-      batch.append(RoutedFrame(descriptor: descriptor, target: .flood(members), vni: vni))
+    case .flood(let targets):
+      batch.append(RoutedFrame(descriptor: descriptor, target: .flood(targets), vni: vni))
     case .drop(let reason):
       drop(reason, descriptor, &memory, counters)
     }
+  }
+
+  /// A frame of a port that is in no domain: to the other end of its wire, whatever it says.
+  @inline(__always)
+  private func passThrough(
+    _ descriptor: Descriptor, _ memory: inout FrameMemory, _ counters: borrowing CounterTable,
+    into batch: inout RoutedBatch
+  ) {
+    let end = router.view.wire(of: descriptor.ingress)
+    guard end != .none else { return drop(.dropNoDestination, descriptor, &memory, counters) }
+    batch.append(RoutedFrame(descriptor: descriptor, target: .unicast(end), vni: 0))
   }
 
   @inline(__always)
@@ -68,10 +90,11 @@ struct RouteStage: ~Copyable {
   private func identify(
     _ descriptor: inout Descriptor, _ memory: inout FrameMemory, _ counters: borrowing CounterTable
   ) -> Bool {
+    if descriptor.encapsulation == .vnetp { return identifyVNETP(&descriptor, &memory, counters) }
     guard let header = VXLANLink.readHeader(memory.head(of: descriptor)) else {
       return dropUnidentified(.dropShortHeader, descriptor, &memory, counters)
     }
-    switch router.view.carrier(source: descriptor.sender, vni: header.vni) {
+    switch router.view.carrier(source: descriptor.sender, encapsulation: .vxlan, vni: header.vni) {
     case .unknownSource:
       return dropUnidentified(.dropUnknownSource, descriptor, &memory, counters)
     case .unknownVNI:
@@ -88,6 +111,39 @@ struct RouteStage: ~Copyable {
       }
       return true
     }
+  }
+
+  /// The same for a datagram that is the frame itself.
+  @inline(__always)
+  private func identifyVNETP(
+    _ descriptor: inout Descriptor, _ memory: inout FrameMemory, _ counters: borrowing CounterTable
+  ) -> Bool {
+    let carrier = router.view.carrier(source: descriptor.sender, encapsulation: .vnetp, vni: 0)
+    if carrier == .unknownSource { return dropUnidentified(.dropUnknownSource, descriptor, &memory, counters) }
+    if descriptor.length < UInt32(EthernetHeader.bytes) {
+      return dropUnidentified(.dropShortHeader, descriptor, &memory, counters)
+    }
+    if Self.isPlainlyVXLAN(memory.head(of: descriptor)) {
+      return dropUnidentified(.dropWrongEncapsulation, descriptor, &memory, counters)
+    }
+    // The peer is known, but by a VXLAN link.
+    guard case .link(let link, let domain) = carrier else {
+      return dropUnidentified(.dropUnknownSource, descriptor, &memory, counters)
+    }
+    descriptor.ingress = link
+    descriptor.domain = domain
+    counters.countIn(descriptor)
+    return true
+  }
+
+  /// Whether a datagram begins with a VXLAN header that has the I flag and nothing else but a VNI (RFC 7348 section 5),
+  /// with room for a frame behind it. As a frame it would go to 08:00:00:00:xx:xx.
+  @inline(__always)
+  private static func isPlainlyVXLAN(_ datagram: RawSpan) -> Bool {
+    guard datagram.byteCount >= VXLANHeader.bytes + EthernetHeader.bytes, let header = VXLANView(datagram) else {
+      return false
+    }
+    return header.hasVNI && header.reservedBitsAreZero
   }
 
   /// Drops a datagram that is no link's; always false.

@@ -4,7 +4,7 @@ import Glibc
 /// The third stage: frames leave.
 ///
 /// The way of a frame:
-/// 1. `transmit`: a routed frame joins the queue of a lane; a flood joins one for each member. The flow's hash
+/// 1. `transmit`: a routed frame joins the queue of a lane; a flood joins one for each target. The flow's hash
 ///    picks the lane of a link, so a flow keeps its outer source port, its socket and its order.
 /// 2. `flush`: each lane that has frames and no chain out hands the front of its queue to the kernel, as one chain.
 /// 3. `finished`: what the kernel took is counted and its buffers go back. Where it stopped, the frame that failed is
@@ -65,13 +65,11 @@ struct TransmitStage: ~Copyable {
     switch frame.target {
     case .unicast(let egress):
       enqueue(frame.descriptor, frame.vni, egress, canHoldBack, &memory, counters)
-    case .flood(let members):
-      counters[frame.descriptor.domain]?.add(
-        .copies, (members.targetCount - 1) * Int(frame.descriptor.wireFrames))
-      memory.hold(frame.descriptor.buffer, adding: members.targetCount - 1)
-      for place in 0..<members.count where members[place] != frame.descriptor.ingress {
-        enqueue(frame.descriptor, frame.vni, members[place], canHoldBack, &memory, counters)
-      }
+    case .flood(let targets):
+      let copies = targets.targetCount - 1
+      memory.hold(frame.descriptor.buffer, adding: copies)
+      counters[frame.descriptor.domain]?.add(.copies, copies * Int(frame.descriptor.wireFrames))
+      for egress in targets { enqueue(frame.descriptor, frame.vni, egress, canHoldBack, &memory, counters) }
     }
   }
 

@@ -8,18 +8,19 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
   case inFrames, inBytes, outFrames, outBytes
   /// Frames that routing sent towards this interface, before any egress drop.
   case offeredFrames
-  /// Extra sends of a flood: a frame sent to n places is n - 1 copies.
+  /// Extra sends of a flood or of several rules: a frame sent to n places is n - 1 copies.
   case copies
   /// Frames, or datagrams of the underlay, that went from one worker to the next.
   case handedOnFrames, takenOverFrames
 
   // Drops on the way in from the underlay.
   case dropUnknownSource, dropShortHeader, dropNoVNIFlag, dropReservedBits, dropUnknownVNI
-  case dropOversizedDatagram, dropBadInnerLength, dropNotECNCapable
+  case dropOversizedDatagram, dropWrongEncapsulation, dropBadInnerLength, dropNotECNCapable
   // Drops on the way in from a port.
   case dropRunt, dropOversizedFrame, dropBadOffload
   // Drops by routing.
-  case dropBadSource, dropSameInterface, dropSplitHorizon, dropNoDestination
+  case dropBadSource, dropSameInterface, dropSplitHorizon, dropNoDestination, dropNoRoute
+  case dropFrozenSource, dropFloodLimit
   // Drops between workers.
   case dropRingFull
   // Drops on the way out.
@@ -92,7 +93,7 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     case .offeredFrames:
       define(
         "offered_frames", [.port, .link], "Routed to this interface: sent, dropped on the way out, or in flight.")
-    case .copies: define("copies", [.domain], "Copies that floods made: a frame sent to n places adds n - 1.")
+    case .copies: define("copies", [.domain], "Copies that floods and rules made: a frame sent to n places adds n - 1.")
     case .handedOnFrames:
       define(
         "handed_on_frames", [.underlay, .domain, .worker],
@@ -105,7 +106,9 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     case .dropUnknownSource:
       define("drop_unknown_source", [.underlay], "The datagram's source address is no configured link's.")
     case .dropShortHeader:
-      define("drop_short_header", [.underlay], "The datagram ends before its encapsulation header does.")
+      define(
+        "drop_short_header", [.underlay],
+        "The datagram ends before its encapsulation header does, or, for VNET/P, before an Ethernet header.")
     case .dropNoVNIFlag: define("drop_no_vni_flag", [.underlay], "The VXLAN I flag is not set (RFC 7348 section 5).")
     case .dropReservedBits:
       define(
@@ -115,6 +118,10 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
       define("drop_unknown_vni", [.underlay], "No link with this source address carries a domain with this VNI.")
     case .dropOversizedDatagram:
       define("drop_oversized_datagram", [.underlay], "The datagram is longer than a slot and arrived cut.")
+    case .dropWrongEncapsulation:
+      define(
+        "drop_wrong_encapsulation", [.underlay],
+        "A VXLAN datagram of a configured link's other end came to the VNET/P port.")
     case .dropBadInnerLength:
       define(
         "drop_bad_inner_length", [.link, .domain],
@@ -144,6 +151,16 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
       define(
         "drop_no_destination", [.port, .link, .domain],
         "A flood in a domain that has no other member, or a frame of an interface that just left its domain.")
+    case .dropNoRoute:
+      define("drop_no_route", [.port, .link, .domain], "No VNET rule of the domain matches the frame.")
+    case .dropFrozenSource:
+      define(
+        "drop_frozen_source", [.port, .link, .domain],
+        "A flood whose source is frozen elsewhere: this cuts a loop. Other frames of such a source are forwarded.")
+    case .dropFloodLimit:
+      define(
+        "drop_flood_limit", [.port, .link, .domain],
+        "More frames to several places than the domain's limit lets through.")
     case .dropRingFull:
       define(
         "drop_ring_full", [.underlay, .port, .link, .domain],
@@ -185,7 +202,7 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
         "mac_freezes", [.domain], "MAC addresses that moved too often and were frozen where they were.", unit: "freezes"
       )
     case .macFrozenFrames:
-      define("mac_frozen_frames", [.domain], "Frames (forwarded) whose frozen source was seen elsewhere.")
+      define("mac_frozen_frames", [.domain], "Frames whose frozen source was seen elsewhere; only floods are dropped.")
     case .macLimitFrames:
       define(
         "mac_limit_frames", [.domain], "Frames (forwarded) whose source was not learned: the table is at its limit.")

@@ -22,7 +22,7 @@ import Synchronization
 /// - Two workers may insert one MAC in two places at once. Each publishes its entry first and then reads all 16
 ///   candidates, both sequentially consistent: at least one of the two sees both entries. Whoever sees several keeps
 ///   the earliest in candidate order and removes the others, so all who look agree, and one entry is left.
-/// - `generation` is raised after every move and removal. A decision that was made under a generation read before
+/// - `generation` is raised after every move, freeze and removal. A decision that was made under a generation read before
 ///   the lookup is right as long as the generation has not changed. A first learning does not raise it, or a guest
 ///   that sends from ever new addresses would empty every worker's decision cache; so decisions to flood for want of a
 ///   location must not be cached (`Router` does not).
@@ -48,6 +48,8 @@ public final class MACTable: @unchecked Sendable {
   public enum Learned: UInt8, BitwiseCopyable, Sendable {
     /// The MAC is known at this location, and was heard of this second.
     case known
+    /// The MAC is known at this location, and frozen there.
+    case held
     /// A new MAC was entered.
     case learned
     /// The MAC was known elsewhere and is now here.
@@ -64,7 +66,7 @@ public final class MACTable: @unchecked Sendable {
     /// The domain's counter for it, if it has one.
     public var counter: Counter? {
       switch self {
-      case .known, .skipped: nil
+      case .known, .held, .skipped: nil
       case .learned: .macsLearned
       case .moved: .macMoves
       case .frozen: .macFrozenFrames
@@ -208,7 +210,7 @@ extension MACTable {
       self.macsMax = macsMax
     }
 
-    /// Raised by every move and removal. Read it before the lookup that a decision rests on; the decision is right
+    /// Raised by every move, freeze and removal. Read it before the lookup that a decision rests on; the decision is right
     /// while it stays the same.
     @inline(__always)
     public var generation: UInt32 {
@@ -242,7 +244,7 @@ extension MACTable {
       if found.word == key | UInt64(location.rawValue) {
         let trace = trace(of: found.cell)
         if Trace(trace).lastSeenSeconds != nowSeconds { refresh(found.cell, trace, nowSeconds) }
-        return .known
+        return Trace(trace).isFrozen(nowSeconds) ? .held : .known
       }
       return learnChange(key, pair, key | UInt64(location.rawValue), nowSeconds)
     }
@@ -254,8 +256,9 @@ extension MACTable {
       for _ in 0..<Self.attemptsMax {
         let found = find(key, pair)
         if found.word == word {
-          refresh(found.cell, trace(of: found.cell), nowSeconds)
-          return .known
+          let trace = trace(of: found.cell)
+          refresh(found.cell, trace, nowSeconds)
+          return Trace(trace).isFrozen(nowSeconds) ? .held : .known
         }
         let learned =
           found.word == 0 ? insert(key, pair, word, nowSeconds) : move(found, to: word, nowSeconds)
@@ -272,7 +275,10 @@ extension MACTable {
       if trace.movesInWindow(nowSeconds) >= MACTable.movesMax {
         let froze = unsafe cell(found.cell + Self.bucketEntries).pointee.compareExchange(
           expected: old, desired: trace.frozen(nowSeconds).bits, ordering: .acquiringAndReleasing)
-        return froze.exchanged ? .froze : nil
+        guard froze.exchanged else { return nil }
+        // What was decided while the MAC was merely known here does not hold for a frozen one.
+        raiseGeneration()
+        return .froze
       }
       // The entry first and its trace after it, so that only the worker that moves it counts the move: when several
       // hear of one migration at once, it is one move.

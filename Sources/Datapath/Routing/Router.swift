@@ -3,12 +3,16 @@
 /// The way of a frame:
 /// 1. A source that is no unicast address is dropped, and nothing is learned.
 /// 2. The decision cache: the same source, destination, ingress and domain in this second, and nothing moved since?
-/// 3. The source is learned at the ingress.
-/// 4. A group destination floods.
-/// 5. A destination whose place is known goes there, unless it is where the frame came from, or the frame came over a
+/// 3. In a domain with VNET rules those with the highest score that match decide; without one the frame is dropped.
+/// 4. In a domain that learns the source is learned at the ingress.
+/// 5. A group destination floods.
+/// 6. A destination whose place is known goes there, unless it is where the frame came from, or the frame came over a
 ///    link and would leave by another (split horizon). One whose place is not known floods.
+/// 7. What goes to several places is counted against the domain's limit.
 ///
-/// A flood with nobody to go to is found by whoever goes through the members (`SnapshotView.FloodSet`).
+/// What cuts a loop of relays: a MAC that is heard from two sides in turn freezes. From then on floods of it are
+/// dropped when they come from elsewhere, and go to ports only when a link brings them from where it is held: a router
+/// that froze it relays no flood of it any more. Until then, and for what does not flap, there is the limit.
 public struct Router: ~Copyable {
   /// Entries of the decision cache: 512 of 32 bytes are a third to half of a core's first-level cache. Measured on
   /// 2 shared cores: 3 ns a hit; 14 to 23 ns a frame without the cache, and as much when it meets 512 pairs of
@@ -18,13 +22,23 @@ public struct Router: ~Copyable {
   /// The snapshot that the worker forwards by.
   public private(set) var view: SnapshotView
   private var cache: FixedArray<CacheEntry>
+  /// Beside each entry of the cache, what rules name if it is more than one target.
+  private var cachedTargets: FixedArray<TargetSet>
   private let cacheEnabled: Bool
+  /// By domain, for its limit of floods: when the next flood would be in time.
+  private var floodsEarliest: FixedArray<UInt64>
 
-  /// - Parameter cacheEnabled: false makes every decision anew, for benchmarks and for tests of the cache.
-  public init(_ view: SnapshotView, cacheEnabled: Bool = true) {
+  /// - Parameters:
+  ///   - domainCount: how many domains may have a limit of floods, now and in later snapshots; floods of a domain
+  ///     whose index is not below it are not limited. Nil: those of this snapshot.
+  ///   - cacheEnabled: false makes every decision anew, for benchmarks and for tests of the cache.
+  public init(_ view: SnapshotView, domainCount: Int? = nil, cacheEnabled: Bool = true) {
     self.view = view
     self.cacheEnabled = cacheEnabled
     cache = FixedArray(repeating: CacheEntry(), count: Self.cacheEntries)
+    cachedTargets = FixedArray(
+      repeating: view.floodSet(domain: .none, ingress: .none), count: Self.cacheEntries)
+    floodsEarliest = FixedArray(repeating: 0, count: domainCount ?? view.domainCount)
   }
 
   /// Forwards by another snapshot from now on; the worker calls it between batches. Control may free the old one when
@@ -39,8 +53,8 @@ public struct Router: ~Copyable {
   public struct Decision: BitwiseCopyable, Hashable, Sendable {
     public enum Action: BitwiseCopyable, Hashable, Sendable {
       case unicast(InterfaceIndex)
-      /// To every other member of the domain: `view.floodSet(domain:ingress:)`.
-      case flood
+      /// To every target of the set, which is not empty.
+      case flood(TargetSet)
       case drop(Counter)
     }
     public let action: Action
@@ -59,10 +73,10 @@ public struct Router: ~Copyable {
   ///   - source: the source MAC in the low 48 bits, the rest zero; so is `destination`.
   ///   - ingress: where it came from.
   ///   - domain: a port's domain, or the one that the VNI named.
-  ///   - nowSeconds: a monotonic count of seconds that starts at 1.
+  ///   - frames: how many frames on the wire it is, for the limit of floods.
   @inline(__always)
   public mutating func decide(
-    source: UInt64, destination: UInt64, ingress: InterfaceIndex, domain: DomainIndex, nowSeconds: UInt32
+    source: UInt64, destination: UInt64, ingress: InterfaceIndex, domain: DomainIndex, frames: Int = 1, now: TurnClock
   ) -> Decision {
     if Self.isGroup(source) || source == 0 { return Decision(.drop(.dropBadSource), .skipped) }
     guard let macs = view.macs(of: domain) else { return Decision(.drop(.dropNoDestination), .skipped) }
@@ -71,11 +85,18 @@ public struct Router: ~Copyable {
     let key = CacheKey(source: source, destination: destination, ingress: ingress, domain: domain)
     if cacheEnabled {
       let entry = cache[key.place]
-      if entry.key == key, entry.generation == generation, entry.second == nowSeconds {
-        return Decision(entry.action, .known)
+      if entry.key == key, entry.generation == generation, entry.second == now.seconds {
+        switch entry.outcome {
+        case .unicast(let egress): return Decision(.unicast(egress), entry.learned)
+        case .drop(let reason): return Decision(.drop(reason), entry.learned)
+        case .members:
+          let set = view.floodSet(domain: domain, ingress: ingress)
+          return limit(Decision(.flood(set), entry.learned), domain, frames, now)
+        case .routes: return limit(Decision(.flood(cachedTargets[key.place]), entry.learned), domain, frames, now)
+        }
       }
     }
-    return decideAnew(key, macs, ingress, domain, generation, nowSeconds)
+    return limit(decideAnew(key, macs, ingress, domain, generation, now.seconds), domain, frames, now)
   }
 
   @inline(never)
@@ -86,15 +107,22 @@ public struct Router: ~Copyable {
     // A frame that was on its way when its interface left the domain teaches nothing: control is about to remove
     // all that was learned there.
     guard view.isMember(ingress, of: domain) else { return Decision(.drop(.dropNoDestination), .skipped) }
+    if view.isRouted(domain) {
+      let decision = Decision(routeByRules(key, ingress, domain), .skipped)
+      remember(decision, key, generation, nowSeconds, isByRules: true)
+      return decision
+    }
     let learned = macs.learn(key.source, at: ingress, nowSeconds: nowSeconds)
     let action: Decision.Action
     if Self.isGroup(key.destination) {
-      action = .flood
+      action = flood(from: ingress, domain, learned)
     } else {
       let location = macs.lookup(key.destination)
       // Not known, or known at an interface that has left the domain. Not cached: learning it does not raise the
       // generation, and the next frame must find it.
-      guard location != .none, view.isMember(location, of: domain) else { return Decision(.flood, learned) }
+      guard location != .none, view.isMember(location, of: domain) else {
+        return Decision(flood(from: ingress, domain, learned), learned)
+      }
       if location == ingress {
         action = .drop(.dropSameInterface)
       } else if view.kind(of: location) == .link, !view.mayLeaveByLinks(from: ingress) {
@@ -103,11 +131,64 @@ public struct Router: ~Copyable {
         action = .unicast(location)
       }
     }
+    let decision = Decision(action, learned)
     // A hit claims that the source is known here and was heard this second: so only what makes that true is cached.
-    if cacheEnabled, learned == .known || learned == .learned {
-      cache[key.place] = CacheEntry(key: key, generation: generation, second: nowSeconds, action: action)
+    if learned == .known || learned == .learned { remember(decision, key, generation, nowSeconds, isByRules: false) }
+    return decision
+  }
+
+  /// VNET/P's way: all rules that tie at the highest score fire, and none sends a frame back.
+  private func routeByRules(_ key: CacheKey, _ ingress: InterfaceIndex, _ domain: DomainIndex) -> Decision.Action {
+    guard
+      let targets = view.routeSet(
+        domain: domain, source: key.source, destination: key.destination, ingress: ingress)
+    else { return .drop(.dropNoRoute) }
+    switch targets.targetCount {
+    case 0: return .drop(.dropSameInterface)
+    case 1:
+      var iterator = targets.makeIterator()
+      return iterator.next().map { .unicast($0) } ?? .drop(.dropSameInterface)
+    default: return .flood(targets)
     }
-    return Decision(action, learned)
+  }
+
+  /// A frame for all: where it may still go, by what is known of its source.
+  private func flood(from ingress: InterfaceIndex, _ domain: DomainIndex, _ learned: MACTable.Learned)
+    -> Decision.Action
+  {
+    if learned == .frozen || learned == .froze { return .drop(.dropFrozenSource) }
+    let set = view.floodSet(domain: domain, ingress: ingress, isRelayed: learned != .held)
+    return set.targetCount > 0 ? .flood(set) : .drop(.dropNoDestination)
+  }
+
+  private mutating func remember(
+    _ decision: Decision, _ key: CacheKey, _ generation: UInt32, _ nowSeconds: UInt32, isByRules: Bool
+  ) {
+    guard cacheEnabled else { return }
+    let outcome: Outcome
+    switch decision.action {
+    case .unicast(let egress): outcome = .unicast(egress)
+    case .drop(let reason): outcome = .drop(reason)
+    case .flood(let targets):
+      outcome = isByRules ? .routes : .members
+      if isByRules { cachedTargets[key.place] = targets }
+    }
+    cache[key.place] = CacheEntry(
+      key: key, generation: generation, second: nowSeconds, outcome: outcome,
+      learned: decision.learned == .learned ? .known : decision.learned)
+  }
+
+  /// Holds what goes to several places against the domain's limit.
+  @inline(__always)
+  private mutating func limit(_ decision: Decision, _ domain: DomainIndex, _ frames: Int, _ now: TurnClock) -> Decision
+  {
+    guard case .flood = decision.action else { return decision }
+    let limit = view.floodLimit(of: domain)
+    guard limit.nanosecondsPerFrame > 0, domain.index < floodsEarliest.count else { return decision }
+    guard limit.allows(frames: frames, now: now.nanoseconds, earliest: &floodsEarliest[domain.index]) else {
+      return Decision(.drop(.dropFloodLimit), decision.learned)
+    }
+    return decision
   }
 
   @inline(__always)
@@ -144,6 +225,18 @@ public struct Router: ~Copyable {
     var key = CacheKey(source: 0, destination: 0, ingress: .none, domain: .none)
     var generation: UInt32 = 0
     var second: UInt32 = 0
-    var action = Decision.Action.flood
+    var outcome = Outcome.members
+    var learned = MACTable.Learned.known
+  }
+
+  /// A decision's action as the cache has it: small, so that its entries are.
+  @usableFromInline
+  enum Outcome: BitwiseCopyable {
+    case unicast(InterfaceIndex)
+    /// All members that the ingress may reach.
+    case members
+    /// `cachedTargets` has them.
+    case routes
+    case drop(Counter)
   }
 }

@@ -9,10 +9,17 @@ public final class Snapshot: Sendable {
   public struct Interface: Sendable {
     public enum Kind: Sendable {
       case port(domain: DomainIndex)
-      /// - isRelay: frames from it may leave by other links. Links must then form a tree, or frames go round.
+      /// A port that is wired to another: what comes in by the one leaves by the other, unseen. Both say so, and
+      /// neither is in a domain.
+      case passthrough(to: InterfaceIndex)
+      /// - domains: any number for VXLAN; exactly one for VNET/P, whose frames bear no VNI.
+      /// - isRelay: frames from it may leave by other links. Links should then form a tree: in a ring frames go round,
+      ///   until their MACs freeze (`MACTable`) or floods meet their limit.
       /// - dropsReservedBits: drop datagrams with a reserved VXLAN bit set, as Linux does; RFC 7348 section 5
       ///   ignores them.
-      case link(peer: UnderlayAddress, domains: [DomainIndex], isRelay: Bool = false, dropsReservedBits: Bool = false)
+      case link(
+        peer: UnderlayAddress, domains: [DomainIndex], encapsulation: Encapsulation = .vxlan, isRelay: Bool = false,
+        dropsReservedBits: Bool = false)
     }
     public let index: InterfaceIndex
     public let kind: Kind
@@ -28,15 +35,30 @@ public final class Snapshot: Sendable {
 
   /// An isolated Ethernet.
   public struct Domain: Sendable {
+    public enum Forwarding: Sendable {
+      /// Addresses are learned; what is unknown floods.
+      case learning
+      /// These rules alone decide; nothing is learned.
+      case routes([VNETRoute])
+    }
     public let index: DomainIndex
     /// 24 bits (RFC 7348 section 5).
     public let vni: UInt32
     public let macs: MACTable
+    public let forwarding: Forwarding
+    /// How many frames a second each worker may flood, or send to several places by rules; 0: as many as come.
+    public let floodFramesPerSecondMax: Int
 
-    public init(_ index: DomainIndex, vni: UInt32, macs: MACTable) {
+    /// - Parameter macs: stays empty in a domain with rules.
+    public init(
+      _ index: DomainIndex, vni: UInt32, macs: MACTable, forwarding: Forwarding = .learning,
+      floodFramesPerSecondMax: Int = 0
+    ) {
       self.index = index
       self.vni = vni
       self.macs = macs
+      self.forwarding = forwarding
+      self.floodFramesPerSecondMax = floodFramesPerSecondMax
     }
   }
 
@@ -51,8 +73,18 @@ public final class Snapshot: Sendable {
     case dangling(InterfaceIndex, DomainIndex)
     /// A link names a domain twice.
     case membershipTwice(InterfaceIndex, DomainIndex)
-    /// Two links to one peer carry the same domain: what comes from the peer would have two links.
+    /// Two links to one peer carry the same domain: what comes from the peer would have two links. So would two VNET/P
+    /// links to one peer whatever their domains. A VXLAN and a VNET/P link are told apart, but in a domain that learns
+    /// the peer would get every flood twice; where rules decide, both may be.
     case ambiguousPeer(UnderlayAddress, vni: UInt32)
+    /// A VNET/P link that does not carry exactly one domain.
+    case vnetpDomains(InterfaceIndex, count: Int)
+    /// A passthrough port whose other end is not wired back to it, or is itself.
+    case wireNotMutual(InterfaceIndex)
+    /// A rule that could never fire (`VNETRoute.score`).
+    case routeWithoutScore(VNETRoute, DomainIndex)
+    /// A rule from or to an interface that does not belong to its domain.
+    case danglingRoute(VNETRoute, DomainIndex)
     case mtuOutOfRange(InterfaceIndex)
   }
 
@@ -68,6 +100,7 @@ public final class Snapshot: Sendable {
   private let peers: FixedArray<SnapshotView.PeerEntry>
   private let carriers: FixedArray<SnapshotView.PairEntry>
   private let memberships: FixedArray<SnapshotView.PairEntry>
+  private let routes: RouteTable
   private let tables: [MACTable]
 
   public init(version: UInt64, interfaces: [Interface], domains: [Domain]) throws(Invalid) {
@@ -85,6 +118,8 @@ public final class Snapshot: Sendable {
       guard vnis.insert(domain.vni).inserted else { throw .vniTwice(domain.vni) }
       domainTable[domain.index.index].vni = domain.vni
       domainTable[domain.index.index].macs = domain.macs.reference
+      domainTable[domain.index.index].floodLimit = FloodLimit(framesPerSecondMax: domain.floodFramesPerSecondMax)
+      if case .routes = domain.forwarding { domainTable[domain.index.index].isRouted = true }
     }
 
     // Interfaces by index, and the members of each domain.
@@ -93,7 +128,7 @@ public final class Snapshot: Sendable {
     var ports = [[InterfaceIndex]](repeating: [], count: domainCount)
     var links = [[InterfaceIndex]](repeating: [], count: domainCount)
     var peerNumbers: [UnderlayAddress: UInt32] = [:]
-    var linkDomains: [(link: InterfaceIndex, domain: DomainIndex, peerNumber: UInt32)] = []
+    var linkDomains: [LinkDomain] = []
     let domainsThere = Set(domains.map(\.index))
     for interface in interfaces.sorted(by: { $0.index.rawValue < $1.index.rawValue }) {
       let index = interface.index
@@ -108,7 +143,10 @@ public final class Snapshot: Sendable {
         entry.kind = .port
         entry.domain = domain
         ports[domain.index].append(index)
-      case .link(let peer, let carried, let isRelay, let dropsReservedBits):
+      case .passthrough(let end):
+        entry.kind = .passthrough
+        entry.wire = end
+      case .link(let peer, let carried, let encapsulation, let isRelay, let dropsReservedBits):
         entry.kind = .link
         entry.isRelay = isRelay
         entry.dropsReservedBits = dropsReservedBits
@@ -118,10 +156,17 @@ public final class Snapshot: Sendable {
           guard domainsThere.contains(domain) else { throw .dangling(index, domain) }
           guard links[domain.index].last != index else { throw .membershipTwice(index, domain) }
           links[domain.index].append(index)
-          linkDomains.append((index, domain, peerNumber))
+          linkDomains.append(
+            LinkDomain(link: index, domain: domain, peer: peer, peerNumber: peerNumber, encapsulation: encapsulation))
         }
+        if encapsulation == .vnetp && carried.count != 1 { throw .vnetpDomains(index, count: carried.count) }
       }
       interfaceTable[index.index] = entry
+    }
+    for interface in interfaces {
+      guard case .passthrough(let end) = interface.kind else { continue }
+      let isMutual = end.index < interfaceCount && interfaceTable[end.index].wire == interface.index
+      guard isMutual, end != interface.index else { throw .wireNotMutual(interface.index) }
     }
 
     // Flood members: for each domain its ports, then its links, so that either and both are one range.
@@ -150,29 +195,59 @@ public final class Snapshot: Sendable {
       repeating: SnapshotView.PairEntry(), count: SnapshotView.slotCount(linkDomains.count))
     var membershipTable = FixedArray(
       repeating: SnapshotView.PairEntry(), count: SnapshotView.slotCount(linkDomains.count))
-    for (link, domain, peerNumber) in linkDomains {
+    var peersOfLearning: Set<[UInt32]> = []
+    for entry in linkDomains {
+      let (link, domain) = (entry.link, entry.domain)
       let vni = domainTable[domain.index].vni
       let carrier = SnapshotView.PairEntry(
-        key: SnapshotView.carrierKey(peerNumber, vni), link: link, domain: domain)
-      guard Self.insert(carrier, into: &carrierTable) else {
-        throw .ambiguousPeer(peerNumbers.first { $0.value == peerNumber }!.key, vni: vni)
+        key: SnapshotView.carrierKey(entry.peerNumber, entry.encapsulation, vni: vni), link: link, domain: domain)
+      var isClear = Self.insert(carrier, into: &carrierTable)
+      if !domainTable[domain.index].isRouted {
+        isClear = peersOfLearning.insert([entry.peerNumber, UInt32(domain.rawValue)]).inserted && isClear
       }
+      guard isClear else { throw .ambiguousPeer(entry.peer, vni: vni) }
       let membership = SnapshotView.PairEntry(
         key: SnapshotView.membershipKey(link, domain), link: link, domain: domain)
       let isNew = Self.insert(membership, into: &membershipTable)
       precondition(isNew, "a link is a member of a domain once")
     }
 
+    // VNET rules.
+    var rules: [(domain: DomainIndex, route: VNETRoute)] = []
+    for domain in domains {
+      guard case .routes(let routes) = domain.forwarding else { continue }
+      let members = Set(ports[domain.index.index] + links[domain.index.index])
+      for route in routes {
+        guard let pattern = route.pattern else { throw .routeWithoutScore(route, domain.index) }
+        let from = route.from.interface
+        guard members.contains(route.to), from == .none || members.contains(from) else {
+          throw .danglingRoute(route, domain.index)
+        }
+        domainTable[domain.index.index].routePatterns |= RouteTable.patternBit(pattern, isFromOne: from != .none)
+        rules.append((domain.index, route))
+      }
+    }
+    let routeTable = RouteTable(rules)
+
     view = SnapshotView(
       version: version, interfaces: interfaceTable.reference, domains: domainTable.reference,
       members: memberTable.reference, peers: peerTable.reference, carriers: carrierTable.reference,
-      memberships: membershipTable.reference)
+      memberships: membershipTable.reference, routes: routeTable.view)
     self.interfaces = interfaceTable
     self.domains = domainTable
     self.members = memberTable
     self.peers = peerTable
     carriers = carrierTable
     self.memberships = membershipTable
+    routes = routeTable
+  }
+
+  private struct LinkDomain {
+    let link: InterfaceIndex
+    let domain: DomainIndex
+    let peer: UnderlayAddress
+    let peerNumber: UInt32
+    let encapsulation: Encapsulation
   }
 
   /// False if the key is there already.
@@ -203,8 +278,9 @@ public struct SnapshotView: BitwiseCopyable, Sendable {
   let peers: FixedArray<PeerEntry>.Reference
   let carriers: FixedArray<PairEntry>.Reference
   let memberships: FixedArray<PairEntry>.Reference
+  let routes: RouteTable.View
 
-  public enum InterfaceKind: UInt8, BitwiseCopyable, Sendable { case absent, port, link }
+  public enum InterfaceKind: UInt8, BitwiseCopyable, Sendable { case absent, port, passthrough, link }
 
   struct InterfaceEntry: BitwiseCopyable {
     var kind = InterfaceKind.absent
@@ -212,6 +288,8 @@ public struct SnapshotView: BitwiseCopyable, Sendable {
     var dropsReservedBits = false
     /// A port's.
     var domain = DomainIndex.none
+    /// The other end of a passthrough port.
+    var wire = InterfaceIndex.none
     var mtuBytes: UInt32 = 0
   }
 
@@ -221,6 +299,11 @@ public struct SnapshotView: BitwiseCopyable, Sendable {
     var membersStart: UInt32 = 0
     var portCount: UInt32 = 0
     var linkCount: UInt32 = 0
+    /// Whether rules decide.
+    var isRouted = false
+    /// The patterns that its rules have (`RouteTable.patternBit`).
+    var routePatterns: UInt32 = 0
+    var floodLimit = FloodLimit(framesPerSecondMax: 0)
   }
 
   struct PeerEntry: BitwiseCopyable {
@@ -245,6 +328,10 @@ public struct SnapshotView: BitwiseCopyable, Sendable {
   /// A port's domain; `.none` for anything else.
   @inline(__always)
   public func domain(ofPort port: InterfaceIndex) -> DomainIndex { entry(port).domain }
+
+  /// The other end of a passthrough port; `.none` for anything else.
+  @inline(__always)
+  public func wire(of port: InterfaceIndex) -> InterfaceIndex { entry(port).wire }
 
   /// 0 for an index that the snapshot does not have.
   @inline(__always)
@@ -272,12 +359,22 @@ public struct SnapshotView: BitwiseCopyable, Sendable {
   @inline(__always)
   public func macs(of domain: DomainIndex) -> MACTable.Reference? { entry(domain).macs }
 
+  /// Whether VNET rules decide in a domain, and nothing is learned.
+  @inline(__always)
+  func isRouted(_ domain: DomainIndex) -> Bool { entry(domain).isRouted }
+
+  @inline(__always)
+  func floodLimit(of domain: DomainIndex) -> FloodLimit { entry(domain).floodLimit }
+
+  /// How long a table has to be that domain indices of this snapshot fit in.
+  public var domainCount: Int { domains.count }
+
   /// Whether an interface belongs to a domain.
   @inline(__always)
   public func isMember(_ interface: InterfaceIndex, of domain: DomainIndex) -> Bool {
     let entry = entry(interface)
     switch entry.kind {
-    case .absent: return false
+    case .absent, .passthrough: return false
     case .port: return entry.domain == domain
     case .link: return find(Self.membershipKey(interface, domain), in: memberships) != nil
     }
@@ -295,38 +392,45 @@ public struct SnapshotView: BitwiseCopyable, Sendable {
 
   // MARK: Floods
 
-  /// The members of a domain that a flood from one interface may reach. The ingress itself is among them where it is
-  /// a member: whoever goes through it leaves it out.
-  public struct FloodSet: BitwiseCopyable, Sendable {
-    let members: FixedArray<InterfaceIndex>.Reference
-    let start: Int
-    /// How many to go through, the ingress included if it is among them.
-    public let count: Int
-    /// How many the frame goes to: `count` without the ingress.
-    public let targetCount: Int
-
-    @inline(__always)
-    public subscript(_ place: Int) -> InterfaceIndex {
-      precondition(place >= 0 && place < count, "no such member")
-      return members[start + place]
-    }
-  }
-
   /// Where a flood goes: from a port, or a link that relays, to all other members of the domain; from another link to
   /// its ports only (split horizon). Empty if the interface is not a member of the domain.
+  /// - Parameter isRelayed: false keeps what a link brought from other links even if it relays.
   @inline(__always)
-  public func floodSet(domain: DomainIndex, ingress: InterfaceIndex) -> FloodSet {
+  public func floodSet(domain: DomainIndex, ingress: InterfaceIndex, isRelayed: Bool = true) -> TargetSet {
     let entry = entry(domain)
-    let portCount = Int(entry.portCount)
-    let start = Int(entry.membersStart)
-    guard isMember(ingress, of: domain) else {
-      return FloodSet(members: members, start: start, count: 0, targetCount: 0)
+    let start = entry.membersStart
+    func set(count: UInt32, targetCount: UInt32) -> TargetSet {
+      TargetSet(members: members, start: start, count: count, ingress: ingress, targetCount: targetCount)
     }
-    guard mayLeaveByLinks(from: ingress) else {
-      return FloodSet(members: members, start: start, count: portCount, targetCount: portCount)
+    guard isMember(ingress, of: domain) else { return set(count: 0, targetCount: 0) }
+    let isPort = kind(of: ingress) == .port
+    guard isPort || isRelayed && mayLeaveByLinks(from: ingress) else {
+      return set(count: entry.portCount, targetCount: entry.portCount)
     }
-    let count = portCount + Int(entry.linkCount)
-    return FloodSet(members: members, start: start, count: count, targetCount: count - 1)
+    let count = entry.portCount + entry.linkCount
+    return set(count: count, targetCount: count - 1)
+  }
+
+  // MARK: VNET rules
+
+  /// The targets of the rules with the highest score that match a frame; nil if none does. Empty if they name only the
+  /// interface that it came by.
+  public func routeSet(
+    domain: DomainIndex, source: UInt64, destination: UInt64, ingress: InterfaceIndex
+  ) -> TargetSet? {
+    var groupsRead = 0
+    return routeSet(
+      domain: domain, source: source, destination: destination, ingress: ingress, groupsRead: &groupsRead)
+  }
+
+  @inline(__always)
+  func routeSet(
+    domain: DomainIndex, source: UInt64, destination: UInt64, ingress: InterfaceIndex, groupsRead: inout Int
+  ) -> TargetSet? {
+    routes.match(
+      domain: domain, patterns: entry(domain).routePatterns, source: source, destination: destination,
+      ingress: ingress, groupsRead: &groupsRead
+    ).map { TargetSet($0, ingress: ingress) }
   }
 
   // MARK: The underlay
@@ -336,20 +440,22 @@ public struct SnapshotView: BitwiseCopyable, Sendable {
     case link(InterfaceIndex, DomainIndex)
     /// No link has this address as its other end: `dropUnknownSource`.
     case unknownSource
-    /// Links do, and none of them carries this VNI: `dropUnknownVNI`.
+    /// Links do, and none of them carries this VNI, or none has this encapsulation.
     case unknownVNI
   }
 
-  /// The link and the domain of a datagram from `source` with a VNI (24 bits). An address is no proof of who sent it.
+  /// The link and the domain of a datagram from `source`. An address is no proof of who sent it.
+  /// - Parameter vni: 24 bits; means nothing for VNET/P, where the sender alone names link and domain.
   @inline(__always)
-  public func carrier(source: UnderlayAddress, vni: UInt32) -> Carrier {
+  public func carrier(source: UnderlayAddress, encapsulation: Encapsulation, vni: UInt32) -> Carrier {
     let mask = peers.count - 1
     var slot = Self.hash(source) & mask
     // Ends, as at least half of the places are empty.
     while peers[slot].isUsed {
       let peer = peers[slot]
       if peer.address == source {
-        guard let pair = find(Self.carrierKey(peer.number, vni), in: carriers) else { return .unknownVNI }
+        let key = Self.carrierKey(peer.number, encapsulation, vni: vni)
+        guard let pair = find(key, in: carriers) else { return .unknownVNI }
         return .link(pair.link, pair.domain)
       }
       slot = (slot + 1) & mask
@@ -365,10 +471,13 @@ public struct SnapshotView: BitwiseCopyable, Sendable {
     return count
   }
 
+  /// What stands for the VNI of a VNET/P link, which has none: no VNI of 24 bits.
+  private static let vnetpVNI: UInt32 = 1 << 24
+
   /// Never 0.
   @inline(__always)
-  static func carrierKey(_ peerNumber: UInt32, _ vni: UInt32) -> UInt64 {
-    (UInt64(peerNumber) + 1) << 32 | UInt64(vni)
+  static func carrierKey(_ peerNumber: UInt32, _ encapsulation: Encapsulation, vni: UInt32) -> UInt64 {
+    (UInt64(peerNumber) + 1) << 32 | UInt64(encapsulation == .vnetp ? vnetpVNI : vni)
   }
 
   /// Never 0.
@@ -422,5 +531,5 @@ extension FixedArray {
   }
 
   /// Of an array with at least one element.
-  fileprivate var reference: Reference { unsafe Reference(base: UnsafePointer(address(of: 0)), count: count) }
+  var reference: Reference { unsafe Reference(base: UnsafePointer(address(of: 0)), count: count) }
 }
