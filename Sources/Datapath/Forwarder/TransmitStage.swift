@@ -102,7 +102,7 @@ struct TransmitStage: ~Copyable {
       switch record.kind {
       case .vxlan: VXLANLink.header(vni: vni)
       case .vnetp: SendPool.Header(count: 0)
-      case .tap, .packet, .absent: TapPort.plainHeader
+      case .tap, .packet, .absent: PacketPort.header(for: descriptor)
       }
     guard pool.fill(operation, descriptor, egress: egress, lane: lanes[index].kind, header: header, memory) else {
       pool.giveBack(operation)
@@ -201,7 +201,10 @@ struct TransmitStage: ~Copyable {
       case IOEvent.shortWrite: .dropShortWrite
       // A device that is set down answers EIO, and may come up again.
       case EIO where !lanes[index].kind.isDatagram: .dropInterfaceDown
-      case ENETDOWN: .dropInterfaceDown
+      // A packet socket's device is down, or gone (ENXIO): its source ends by it, and control is told by that.
+      case ENETDOWN, ENXIO: .dropInterfaceDown
+      // The queue of a packet socket's device was full, and the kernel dropped the frame.
+      case ENOBUFS: .dropQueueFull
       case ENETUNREACH, EHOSTUNREACH: .dropUnreachable
       default: isDeviceGone ? .dropInterfaceDown : .dropSendFailed
       }
