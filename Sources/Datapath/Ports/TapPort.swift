@@ -13,10 +13,6 @@ public enum TapPort {
   /// The virtio header before each frame, set by TUNSETVNETHDRSZ: `struct virtio_net_hdr_mrg_rxbuf`.
   public static let headerBytes = 12
 
-  /// What goes before a frame that asks for no offload.
-  @inline(__always)
-  static var plainHeader: SendPool.Header { SendPool.Header(count: headerBytes) }
-
   /// The frame in a filled slot; the reason when there is none.
   @inline(__always)
   static func describe(
