@@ -22,7 +22,7 @@ struct IOSidesPacketTests {
         #expect(packet.mtuBytes == 1_500)
         bench.post(32)
         bench.open(0, .packet, packet.queues[0])
-        let plain = FrameMaker().ethernet(0x88B5).payload(numbered(1)[0])
+        let plain = FrameMaker().ethernet(0x88B5)
         let customer = VLANTag(tagProtocol: EtherType.vlan, priority: 5, dropEligible: true, identifier: 4_094)
         let service = VLANTag(tagProtocol: EtherType.vlanService, priority: 0, dropEligible: false, identifier: 1)
         // A tag for no VLAN, which bears a priority only, is a tag nevertheless.
@@ -30,7 +30,7 @@ struct IOSidesPacketTests {
         let frames = [
           plain, plain.tagged(customer), plain.tagged(service), plain.tagged(service).tagged(customer),
           plain.tagged(nothing),
-        ].map(\.bytes)
+        ].map { $0.payload(numbered(1)[0]).bytes }
         for frame in frames { device.give(frame) }
         let events = bench.collectFromGuest(frames.count)
         #expect(events.map(\.vlanTag) == [0, 0x8100_BFFE, 0x88A8_0001, 0x88A8_0001, 0x8100_0000])
@@ -60,7 +60,7 @@ struct IOSidesPacketTests {
         let frames = [
           FrameMaker().ethernet(0x88B5).payload([UInt8](repeating: 1, count: 60)).bytes,
           FrameMaker().ethernet(0x88B5).payload([UInt8](repeating: 2, count: 1_500)).bytes,
-          FrameMaker().ethernet(0x88B5).payload([UInt8](repeating: 3, count: 1_500)).tagged(tag).bytes,
+          FrameMaker().ethernet(0x88B5).tagged(tag).payload([UInt8](repeating: 3, count: 1_500)).bytes,
           FrameMaker().ethernet(0x88B5).payload([UInt8](repeating: 4, count: 1_600)).bytes,
           FrameMaker().ethernet(0x88B5).payload([UInt8](repeating: 5, count: 60)).bytes,
         ]
