@@ -252,6 +252,34 @@ struct IOSidesPacketTests {
     try TestDevice.with { try side.run(Scenario(device: $0)) }
   }
 
+  @Test("a TAP device that is removed ends its source and fails its lane with EBADFD", arguments: IOSide.usable)
+  func lostTap(_ side: IOSide) throws {
+    struct Scenario: IOScenario {
+      let device: TestDevice
+      func run(_ bench: inout IOBench<some WorkerIO & ~Copyable>) throws {
+        bench.post(32)
+        bench.open(0, .tap, device.queue)
+        bench.io.openLane(0, .tap, descriptor: device.queue)
+        device.delete()
+        let all = bench.collect { events in events.contains { $0.kind == .receiveEnded } }
+        #expect(all.last?.kind == .receiveEnded && all.last?.error == EBADFD)
+        for event in all where event.kind == .received { _ = bench.take(event) }
+        bench.io.closeSource(0)
+        bench.send(0, .tap, [datagram(sourcePort: 1)], header: SendPool.Header(count: TapPort.headerBytes))
+        let gone = bench.collect(1, .sent)
+        #expect(gone.first?.count == 0 && gone.first?.error == EBADFD)
+        bench.forgetChains()
+        // A lane that waits is told, rather than left to wait.
+        bench.io.awaitWritable(0)
+        let told = bench.collect(1, .writable)
+        #expect(told.count == 1)
+        bench.io.closeLane(0)
+        bench.io.takeBackSlots(&bench.memory)
+      }
+    }
+    try TestDevice.with { try side.run(Scenario(device: $0)) }
+  }
+
   @Test("a device is promiscuous while a port is open on it, and no longer")
   func promiscuous() throws {
     try TestDevice.with { device in
@@ -484,8 +512,16 @@ private final class TestDevice {
     tap.close()
   }
 
+  var queue: Int32 { tap.queues[0] }
+
   func set(_ state: String) {
     let result = unsafe system("ip link set \(name) \(state)")
+    precondition(result == 0, "ip link failed")
+  }
+
+  /// Removes the device while its queue is open.
+  func delete() {
+    let result = unsafe system("ip link delete \(name)")
     precondition(result == 0, "ip link failed")
   }
 
