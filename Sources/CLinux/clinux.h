@@ -11,14 +11,20 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/if_ether.h>
+#include <linux/if_packet.h>
 #include <linux/if_tun.h>
 #include <net/if.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stddef.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 // ---- One send, as the kernel reads it: it must not move until its completion came. ----
@@ -101,6 +107,77 @@ static inline void clinux_allow(struct io_uring_restriction *restriction, unsign
   restriction->register_op = value;  // one byte shared by register_op, sqe_op and sqe_flags
 }
 
+// ---- System calls: what glibc declares for _GNU_SOURCE alone, and a packed structure ----
+
+// One message of sendmmsg and recvmmsg: struct mmsghdr of sys/socket.h.
+struct clinux_message {
+  struct msghdr header;
+  unsigned length;  // bytes sent or received
+};
+// How many messages were received or sent, or -1 when the first one failed.
+static inline long clinux_receive_messages(int fd, struct clinux_message *messages, unsigned count, int flags) {
+  return syscall(SYS_recvmmsg, fd, messages, count, flags, NULL);
+}
+static inline long clinux_send_messages(int fd, struct clinux_message *messages, unsigned count, int flags) {
+  return syscall(SYS_sendmmsg, fd, messages, count, flags);
+}
+
+static inline int clinux_epoll_watch_readable(int epoll, int fd, unsigned long long key) {
+  struct epoll_event event = {.events = EPOLLIN, .data = {.u64 = key}};
+  return epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event);
+}
+// Tells once; it is known from then on, and is to be asked for again.
+static inline int clinux_epoll_watch_writable_once(int epoll, int fd, unsigned long long key, int is_known) {
+  struct epoll_event event = {.events = EPOLLOUT | EPOLLONESHOT, .data = {.u64 = key}};
+  return epoll_ctl(epoll, is_known ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, &event);
+}
+static inline int clinux_epoll_forget(int epoll, int fd) { return epoll_ctl(epoll, EPOLL_CTL_DEL, fd, NULL); }
+static inline unsigned clinux_epoll_events(const struct epoll_event *events, int place) { return events[place].events; }
+static inline unsigned long long clinux_epoll_key(const struct epoll_event *events, int place) {
+  return events[place].data.u64;
+}
+#define CLINUX_SYS_EPOLL_PWAIT2 441  // the same on every architecture; Linux 5.11
+// Waits at most so long; ENOSYS before Linux 5.11.
+static inline int clinux_epoll_wait_nanoseconds(int epoll, struct epoll_event *events, int room, long nanoseconds) {
+  struct timespec limit = {nanoseconds / 1000000000, nanoseconds % 1000000000};
+  return (int)syscall(CLINUX_SYS_EPOLL_PWAIT2, epoll, events, room, &limit, NULL, 0);
+}
+
+// ---- Packet sockets: options that older headers lack, and structures that Swift cannot fill ----
+
+#define CLINUX_PACKET_IGNORE_OUTGOING 23  // Linux 4.20
+#define CLINUX_PACKET_VNET_HDR_SZ 24      // Linux 6.4
+#define CLINUX_PACKET_FANOUT_FLAG_IGNORE_OUTGOING 0x4000
+#define CLINUX_PACKET_FANOUT_FLAG_UNIQUEID 0x2000
+
+// Receives every protocol's frames of one device from now on.
+static inline int clinux_packet_bind(int fd, unsigned index) {
+  struct sockaddr_ll address = {
+      .sll_family = AF_PACKET, .sll_protocol = htons(ETH_P_ALL), .sll_ifindex = (int)index};
+  return bind(fd, (struct sockaddr *)&address, sizeof address);
+}
+// Frames for other addresses than the device's too, until the socket is closed.
+static inline int clinux_packet_be_promiscuous(int fd, unsigned index) {
+  struct packet_mreq membership = {.mr_ifindex = (int)index, .mr_type = PACKET_MR_PROMISC};
+  return setsockopt(fd, SOL_PACKET, PACKET_ADD_MEMBERSHIP, &membership, sizeof membership);
+}
+// A filter that lets nothing pass.
+static inline int clinux_socket_refuse_all(int fd) {
+  struct sock_filter refuse = BPF_STMT(BPF_RET | BPF_K, 0);
+  struct sock_fprog program = {.len = 1, .filter = &refuse};
+  return setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &program, sizeof program);
+}
+static inline int clinux_socket_refuse_nothing(int fd) {
+  int unused = 0;
+  return setsockopt(fd, SOL_SOCKET, SO_DETACH_FILTER, &unused, sizeof unused);
+}
+// The flags of a device (IFF_UP, IFF_LOOPBACK…), or -1.
+static inline int clinux_device_flags(int fd, const char *name) {
+  struct ifreq request = {0};
+  strncpy(request.ifr_name, name, IFNAMSIZ - 1);
+  return ioctl(fd, SIOCGIFFLAGS, &request) < 0 ? -1 : (unsigned short)request.ifr_flags;
+}
+
 // ---- TUN/TAP and network devices: ioctls whose numbers and unions Swift cannot read ----
 
 #define CLINUX_TAP_FLAGS (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
@@ -165,7 +242,6 @@ static inline socklen_t clinux_address6(struct sockaddr_storage *room, const voi
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
-#include <sys/syscall.h>
 
 // glibc's cpu_set_t macros are hidden from Swift; the kernel takes any array of words, one bit a CPU.
 #define CLINUX_CPU_WORDS 16

@@ -43,8 +43,11 @@ struct ReceiveStage: ~Copyable {
     _ event: IOEvent, _ memory: inout FrameMemory, _ counters: borrowing CounterTable, into batch: inout DescriptorBatch
   ) {
     let source = sources[Int(event.index)]
-    if source.kind == .tap {
-      let (descriptor, drop) = TapPort.describe(event, from: source.interface, domain: source.domain, &memory)
+    if source.kind == .tap || source.kind == .packet {
+      let (descriptor, drop) =
+        source.kind == .tap
+        ? TapPort.describe(event, from: source.interface, domain: source.domain, &memory)
+        : PacketPort.describe(event, from: source.interface, domain: source.domain, &memory)
       counters.countIn(descriptor)
       guard let drop else { return batch.append(descriptor) }
       counters.countDrop(drop, descriptor, at: descriptor.ingress)
@@ -94,8 +97,14 @@ struct ReceiveStage: ~Copyable {
       counters.worker.add(.receiveRearms)
       io.arm(index, &memory)
       return nil
+    case EINVAL where sources[index].kind == .packet:
+      // A super-frame of a kind that no virtio header can tell (SCTP): the kernel dropped it, and the socket works on.
+      counters.worker.add(.receiveRearms)
+      io.arm(index, &memory)
+      return nil
     default:
-      // The device is gone. Control closes it and tries to get it back.
+      // The device is gone; of a packet port perhaps down (ENETDOWN tells both, once). Control closes it and tries to
+      // get it back.
       sources[index] = Source()
       io.closeSource(index)
       return .sourceFailed(index, error: event.error)

@@ -312,7 +312,10 @@ struct TransmitStage: ~Copyable {
       case IOEvent.shortWrite: .dropShortWrite
       // A device that is set down answers EIO, and may come up again.
       case EIO where !lanes[index].kind.isDatagram: .dropInterfaceDown
-      case ENETDOWN: .dropInterfaceDown
+      // A packet socket's device is down, or gone (ENXIO): its source ends by it, and control is told by that.
+      case ENETDOWN, ENXIO: .dropInterfaceDown
+      // The queue of a packet socket's device was full, and the kernel dropped the frame.
+      case ENOBUFS: .dropQueueFull
       case ENETUNREACH, EHOSTUNREACH: .dropUnreachable
       default: isDeviceGone ? .dropInterfaceDown : .dropSendFailed
       }

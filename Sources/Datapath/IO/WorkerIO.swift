@@ -64,6 +64,9 @@ public enum SourceKind: UInt8, BitwiseCopyable, Sendable {
 
   @inline(__always)
   public var isDatagram: Bool { self == .vxlan || self == .vnetp }
+  /// Whether it is a socket, received from by `recvmsg`, rather than a device that is read.
+  @inline(__always)
+  var isMessage: Bool { isDatagram || self == .packet }
 }
 
 public enum LaneKind: UInt8, BitwiseCopyable, Sendable {

@@ -15,39 +15,9 @@ import Glibc
 /// with a wait of 0 or 1 it runs one link a call (measured: 30 calls for a chain of 32 against 1).
 @safe
 public struct UringIO: ~Copyable, WorkerIO {
-  public struct Limits: Sendable {
-    /// Submission queue entries.
-    public var entries: Int
-    /// Slots of the worker's memory; they are named by 16 bits in a buffer ring.
-    public var slots: Int
-    /// The most slots posted at once.
-    public var posted: Int
-    public var sources: Int
-    public var lanes: Int
-    /// Send operations of the worker's pool.
-    public var operations: Int
-    /// Completion queue entries: everything that can be out at once completes without an overflow: each posted slot,
-    /// each send, for each source its end and a cancellation, for each lane a poll and a cancellation.
-    public var completions: Int { max(2 * entries, posted + operations + 2 * sources + 2 * lanes) }
-
-    public init(entries: Int, slots: Int, posted: Int, sources: Int, lanes: Int, operations: Int) {
-      self.entries = entries
-      self.slots = slots
-      self.posted = posted
-      self.sources = sources
-      self.lanes = lanes
-      self.operations = operations
-    }
-  }
+  public typealias Limits = IOLimits
 
   private static let bufferGroup: Int32 = 0
-  /// Room that a datagram's sender takes in front of it in a slot, as `struct sockaddr_in6` and IPv4's fit in.
-  private static let nameBytes = MemoryLayout<sockaddr_in6>.size
-  /// Room for control messages: ToS (24) and GRO size (24); FACTS of the kernel: with GRO less than 48 loses the ToS.
-  private static let controlBytes = 64
-  private static let receiveHeaderBytes = MemoryLayout<io_uring_recvmsg_out>.size
-  private static var datagramOffset: Int { receiveHeaderBytes + nameBytes + controlBytes }
-
   private let ring: UnsafeMutablePointer<io_uring>
   private let limits: Limits
   public let features: UringFeatures
@@ -84,6 +54,8 @@ public struct UringIO: ~Copyable, WorkerIO {
     var isCancelled = false
     /// A single receive found no posted slot: its end is still to be reported.
     var isStarved = false
+    /// Whether the ring has the descriptor in its table of registered files.
+    var isRegistered = false
     /// The slot of a single receive, or none.
     var slot: UInt32 = .max
   }
@@ -96,6 +68,8 @@ public struct UringIO: ~Copyable, WorkerIO {
     var sent: UInt32 = 0
     var error: Int32 = 0
     var awaitsWritable = false
+    /// Whether the ring has the descriptor in its table of registered files.
+    var isRegistered = false
   }
 
   /// What a completion belongs to: the kind, the source or lane, and for a send its operation.
@@ -177,8 +151,8 @@ public struct UringIO: ~Copyable, WorkerIO {
     isPosted = FixedArray(repeating: false, count: limits.slots)
     unsafe receiveTemplate = .allocate(capacity: 1)
     unsafe receiveTemplate.initialize(to: unsafe msghdr())
-    unsafe receiveTemplate.pointee.msg_namelen = socklen_t(Self.nameBytes)
-    unsafe receiveTemplate.pointee.msg_controllen = Self.controlBytes
+    unsafe receiveTemplate.pointee.msg_namelen = socklen_t(MessageSlot.nameBytes)
+    unsafe receiveTemplate.pointee.msg_controllen = MessageSlot.controlBytes
     unsafe singleMessages = .allocate(capacity: limits.sources)
     unsafe singleMessages.initialize(repeating: unsafe msghdr(), count: limits.sources)
     unsafe singleVectors = .allocate(capacity: limits.sources)
@@ -300,40 +274,42 @@ public struct UringIO: ~Copyable, WorkerIO {
     tag.rawValue << 60 | UInt64(UInt32(truncatingIfNeeded: index)) << 32 | UInt64(UInt32(truncatingIfNeeded: operation))
   }
 
-  private var fixedFlag: UInt8 { features.contains(.fixedFiles) ? UInt8(1 << IOSQE_FIXED_FILE_BIT) : 0 }
+  private static var fixedFlag: UInt8 { UInt8(1 << IOSQE_FIXED_FILE_BIT) }
 
+  /// A source's or lane's file as a submission names it: its place among the registered files, or its descriptor.
   @inline(__always)
-  private func sourceFile(_ source: Int) -> Int32 {
-    features.contains(.fixedFiles) ? Int32(source) : sources[source].descriptor
+  private func file(ofSource source: Int) -> (number: Int32, flags: UInt8) {
+    sources[source].isRegistered ? (Int32(source), Self.fixedFlag) : (sources[source].descriptor, 0)
   }
   @inline(__always)
-  private func laneFile(_ lane: Int) -> Int32 {
-    features.contains(.fixedFiles) ? Int32(limits.sources + lane) : lanes[lane].descriptor
+  private func file(ofLane lane: Int) -> (number: Int32, flags: UInt8) {
+    lanes[lane].isRegistered ? (Int32(limits.sources + lane), Self.fixedFlag) : (lanes[lane].descriptor, 0)
   }
 
-  private mutating func register(_ place: Int, _ descriptor: Int32) {
-    guard features.contains(.fixedFiles) else { return }
+  /// Puts a descriptor in the table of registered files. False where the kernel refuses (no memory, a file that may
+  /// not be registered): it is named by its number then, for a little more work in the kernel.
+  private mutating func register(_ place: Int, _ descriptor: Int32) -> Bool {
+    guard features.contains(.fixedFiles) else { return false }
     var value = descriptor
-    let result = unsafe io_uring_register_files_update(ring, UInt32(place), &value, 1)
-    precondition(result == 1, "the kernel refused a registered file")
+    return unsafe io_uring_register_files_update(ring, UInt32(place), &value, 1) == 1
   }
 
   // MARK: Sources and lanes
 
   public mutating func openSource(_ source: Int, _ kind: SourceKind, descriptor: Int32) {
     sources[source] = Source(kind: kind, descriptor: descriptor)
-    register(source, descriptor)
+    sources[source].isRegistered = register(source, descriptor)
   }
 
   public mutating func closeSource(_ source: Int) {
     precondition(!sources[source].isArmed, "a source is closed while it receives")
+    if sources[source].isRegistered { _ = register(source, -1) }
     sources[source] = Source()
-    register(source, -1)
   }
 
   public mutating func openLane(_ lane: Int, _ kind: LaneKind, descriptor: Int32) {
     lanes[lane] = Lane(kind: kind, descriptor: descriptor)
-    register(limits.sources + lane, descriptor)
+    lanes[lane].isRegistered = register(limits.sources + lane, descriptor)
   }
 
   public mutating func closeLane(_ lane: Int) {
@@ -343,8 +319,8 @@ public struct UringIO: ~Copyable, WorkerIO {
       unsafe io_uring_prep_cancel64(entry, tag(.writable, lane), 0)
       unsafe clinux_sqe_finish(entry, 0, tag(.ignored, lane))
     }
+    if lanes[lane].isRegistered { _ = register(limits.sources + lane, -1) }
     lanes[lane] = Lane()
-    register(limits.sources + lane, -1)
   }
 
   // MARK: Receiving
@@ -367,34 +343,36 @@ public struct UringIO: ~Copyable, WorkerIO {
   public mutating func arm(_ source: Int, _ memory: inout FrameMemory) {
     precondition(!sources[source].isArmed, "a source is armed twice")
     sources[source].isArmed = true
-    let file = sourceFile(source)
+    let file = file(ofSource: source)
     let user = tag(.receive, source)
     switch sources[source].kind {
     case .waker:
       let entry = unsafe entry()
-      unsafe io_uring_prep_read(entry, file, wakeValue, 8, 0)
-      unsafe clinux_sqe_finish(entry, fixedFlag, user)
+      unsafe io_uring_prep_read(entry, file.number, wakeValue, 8, 0)
+      unsafe clinux_sqe_finish(entry, file.flags, user)
     case .tap where features.contains(.multishotRead):
       let entry = unsafe entry()
-      unsafe clinux_prep_read_multishot(entry, file, Self.bufferGroup)
-      unsafe clinux_sqe_finish(entry, fixedFlag, user)
+      unsafe clinux_prep_read_multishot(entry, file.number, Self.bufferGroup)
+      unsafe clinux_sqe_finish(entry, file.flags, user)
     case .vxlan where features.contains(.multishotReceive), .vnetp where features.contains(.multishotReceive),
       .packet where features.contains(.multishotReceive):
       let entry = unsafe entry()
-      unsafe clinux_prep_recvmsg_multishot(entry, file, receiveTemplate, Self.bufferGroup)
-      unsafe clinux_sqe_finish(entry, fixedFlag, user)
+      unsafe clinux_prep_recvmsg_multishot(entry, file.number, receiveTemplate, Self.bufferGroup)
+      unsafe clinux_sqe_finish(entry, file.flags, user)
     case .tap where features.contains(.bufferRing):
       let entry = unsafe entry()
-      unsafe io_uring_prep_read(entry, file, nil, UInt32(FrameMemory.slotBytes), .max)
+      unsafe io_uring_prep_read(entry, file.number, nil, UInt32(FrameMemory.slotBytes), .max)
       unsafe clinux_sqe_select_buffer(entry, Self.bufferGroup)
-      unsafe clinux_sqe_finish(entry, fixedFlag, user)
+      unsafe clinux_sqe_finish(entry, file.flags, user)
     case .tap, .packet, .vxlan, .vnetp:
       armSingle(source, file, user, memory)
     }
   }
 
   /// The slowest way: one receive, into a slot chosen now.
-  private mutating func armSingle(_ source: Int, _ file: Int32, _ user: UInt64, _ memory: borrowing FrameMemory) {
+  private mutating func armSingle(
+    _ source: Int, _ file: (number: Int32, flags: UInt8), _ user: UInt64, _ memory: borrowing FrameMemory
+  ) {
     guard spareCount > 0 else {
       // No slot is posted: the source ends as a multishot would. The event is made by `collect`.
       sources[source].isStarved = true
@@ -407,19 +385,19 @@ public struct UringIO: ~Copyable, WorkerIO {
     let start = unsafe memory.address(ofSlot: slot)
     let entry = unsafe entry()
     if sources[source].kind == .tap {
-      unsafe io_uring_prep_read(entry, file, start, UInt32(FrameMemory.slotBytes), .max)
+      unsafe io_uring_prep_read(entry, file.number, start, UInt32(FrameMemory.slotBytes), .max)
     } else {
       let vector = unsafe singleVectors + source
       unsafe vector.pointee = unsafe iovec(
-        iov_base: start + Self.datagramOffset, iov_len: FrameMemory.slotBytes - Self.datagramOffset)
+        iov_base: start + MessageSlot.payloadOffset, iov_len: MessageSlot.payloadBytes)
       let message = unsafe singleMessages + source
       unsafe message.pointee = unsafe msghdr(
-        msg_name: start + Self.receiveHeaderBytes, msg_namelen: socklen_t(Self.nameBytes), msg_iov: vector,
-        msg_iovlen: 1, msg_control: start + Self.receiveHeaderBytes + Self.nameBytes,
-        msg_controllen: Self.controlBytes, msg_flags: 0)
-      unsafe io_uring_prep_recvmsg(entry, file, message, 0)
+        msg_name: start + MessageSlot.nameOffset, msg_namelen: socklen_t(MessageSlot.nameBytes), msg_iov: vector,
+        msg_iovlen: 1, msg_control: start + MessageSlot.controlOffset,
+        msg_controllen: MessageSlot.controlBytes, msg_flags: 0)
+      unsafe io_uring_prep_recvmsg(entry, file.number, message, 0)
     }
-    unsafe clinux_sqe_finish(entry, fixedFlag, user)
+    unsafe clinux_sqe_finish(entry, file.flags, user)
   }
 
   public mutating func cancel(_ source: Int) {
@@ -447,7 +425,7 @@ public struct UringIO: ~Copyable, WorkerIO {
       statistics.enters += 1
       unsafe io_uring_submit(ring)
     }
-    let file = laneFile(lane)
+    let file = file(ofLane: lane)
     let kind = lanes[lane].kind
     let link = UInt8(1 << IOSQE_IO_LINK_BIT)
     var operation = first
@@ -456,13 +434,13 @@ public struct UringIO: ~Copyable, WorkerIO {
       let entry = unsafe entry()
       if kind == .tap {
         unsafe io_uring_prep_writev2(
-          entry, file, send.pointee.message.msg_iov, UInt32(send.pointee.message.msg_iovlen), .max,
+          entry, file.number, send.pointee.message.msg_iov, UInt32(send.pointee.message.msg_iovlen), .max,
           Int32(RWF_NOWAIT))
       } else {
-        unsafe io_uring_prep_sendmsg(entry, file, &send.pointee.message, UInt32(MSG_DONTWAIT))
+        unsafe io_uring_prep_sendmsg(entry, file.number, &send.pointee.message, UInt32(MSG_DONTWAIT))
       }
       let isLast = position == count - 1
-      unsafe clinux_sqe_finish(entry, isLast ? fixedFlag : fixedFlag | link, tag(.send, lane, operation))
+      unsafe clinux_sqe_finish(entry, isLast ? file.flags : file.flags | link, tag(.send, lane, operation))
       let record = pool[operation]
       expectedBytes[operation] = record.bytes
       operation = Int(record.next)
@@ -475,9 +453,10 @@ public struct UringIO: ~Copyable, WorkerIO {
 
   public mutating func awaitWritable(_ lane: Int) {
     lanes[lane].awaitsWritable = true
+    let file = file(ofLane: lane)
     let entry = unsafe entry()
-    unsafe io_uring_prep_poll_add(entry, laneFile(lane), UInt32(POLLOUT))
-    unsafe clinux_sqe_finish(entry, fixedFlag, tag(.writable, lane))
+    unsafe io_uring_prep_poll_add(entry, file.number, UInt32(POLLOUT))
+    unsafe clinux_sqe_finish(entry, file.flags, tag(.writable, lane))
   }
 
   // MARK: Collecting
@@ -607,56 +586,26 @@ public struct UringIO: ~Copyable, WorkerIO {
   /// Finds the frame or datagram in a filled slot.
   @inline(__always)
   private func describe(_ source: Int, _ slot: Int, _ result: Int, _ memory: borrowing FrameMemory) -> IOEvent {
-    var event = IOEvent(.received, source)
-    event.slot = UInt32(truncatingIfNeeded: slot)
-    guard sources[source].kind.isDatagram else {
+    let kind = sources[source].kind
+    guard kind.isMessage else {
+      var event = IOEvent(.received, source)
+      event.slot = UInt32(truncatingIfNeeded: slot)
       event.length = UInt32(truncatingIfNeeded: result)
       event.isTruncated = result >= FrameMemory.slotBytes
       return event
     }
     let start = unsafe UnsafeRawPointer(memory.address(ofSlot: slot))
-    event.offset = UInt32(Self.datagramOffset)
-    let controlCount: Int
-    if features.contains(.multishotReceive) {
-      // struct io_uring_recvmsg_out, then the name and the control messages, each in the room that the template gave.
-      let header = unsafe start.loadUnaligned(as: io_uring_recvmsg_out.self)
-      event.length = UInt32(truncatingIfNeeded: max(0, result - Self.datagramOffset))
-      event.isTruncated = header.flags & UInt32(MSG_TRUNC) != 0
-      controlCount = min(Int(header.controllen), Self.controlBytes)
-    } else {
+    guard features.contains(.multishotReceive) else {
       let message = unsafe singleMessages[source]
-      event.length = UInt32(truncatingIfNeeded: result)
-      event.isTruncated = unsafe UInt32(bitPattern: message.msg_flags) & UInt32(MSG_TRUNC) != 0
-      controlCount = unsafe min(message.msg_controllen, Self.controlBytes)
+      return unsafe MessageSlot.describe(
+        start, source, kind, slot: slot, length: result, controlCount: message.msg_controllen,
+        flags: UInt32(bitPattern: message.msg_flags))
     }
-    let name = unsafe start + Self.receiveHeaderBytes
-    if unsafe name.loadUnaligned(as: sa_family_t.self) == sa_family_t(AF_INET) {
-      event.sender = unsafe UnderlayAddress(
-        ipv4: UInt32(bigEndian: name.loadUnaligned(fromByteOffset: 4, as: UInt32.self)))
-    } else {
-      event.sender = unsafe UnderlayAddress(
-        high: UInt64(bigEndian: name.loadUnaligned(fromByteOffset: 8, as: UInt64.self)),
-        low: UInt64(bigEndian: name.loadUnaligned(fromByteOffset: 16, as: UInt64.self)))
-    }
-    unsafe readControl(name + Self.nameBytes, controlCount, &event)
-    return event
-  }
-
-  /// Reads the control messages of a datagram: struct cmsghdr (length, level, type), data, padding to 8 bytes.
-  @unsafe @inline(__always)
-  private func readControl(_ start: UnsafeRawPointer, _ count: Int, _ event: inout IOEvent) {
-    var offset = 0
-    while offset + 16 < count {
-      let length = unsafe start.loadUnaligned(fromByteOffset: offset, as: Int.self)
-      guard length > 16, offset + length <= count else { return }
-      let level = unsafe start.loadUnaligned(fromByteOffset: offset + 8, as: Int32.self)
-      let type = unsafe start.loadUnaligned(fromByteOffset: offset + 12, as: Int32.self)
-      let first = unsafe start.load(fromByteOffset: offset + 16, as: UInt8.self)
-      if level == Int32(IPPROTO_IP) && type == IP_TOS || level == Int32(IPPROTO_IPV6) && type == IPV6_TCLASS {
-        event.typeOfService = first
-      }
-      offset += (length + 7) & ~7
-    }
+    // struct io_uring_recvmsg_out, then the name and the control messages, each in the room that the template gave.
+    let header = unsafe start.loadUnaligned(as: io_uring_recvmsg_out.self)
+    return unsafe MessageSlot.describe(
+      start, source, kind, slot: slot, length: result - MessageSlot.payloadOffset,
+      controlCount: Int(header.controllen), flags: header.flags)
   }
 
   @inline(__always)
@@ -693,4 +642,10 @@ public struct UringIO: ~Copyable, WorkerIO {
     defer { statistics = IOStatistics() }
     return statistics
   }
+}
+
+extension IOLimits {
+  /// Completion queue entries: everything that can be out at once completes without an overflow: each posted slot,
+  /// each send, for each source its end and a cancellation, for each lane a poll and a cancellation.
+  var completions: Int { max(2 * entries, posted + operations + 2 * sources + 2 * lanes) }
 }
