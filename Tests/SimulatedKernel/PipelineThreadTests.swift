@@ -99,7 +99,7 @@ private struct SleepingIO: ~Copyable, WorkerIO {
     }
 
     func make(_ wiring: inout Wiring, _ number: Int, _ view: SnapshotView, ports: Int, dispatch: Dispatch.Settings) {
-      var settings = Worker<SleepingIO>.Settings()
+      var settings = WorkerSettings()
       settings.dispatch = dispatch
       settings.postedSlots = 16
       settings.sources = 1 + ports

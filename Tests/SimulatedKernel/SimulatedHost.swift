@@ -81,7 +81,7 @@ final class SimulatedHost {
       network.addWaker(mailbox.workerWaker)
       commands = mailbox.commands.makeProducer()
       reports = mailbox.reports.makeConsumer()
-      var settings = Worker<SimulatedIO>.Settings()
+      var settings = WorkerSettings()
       settings.dispatch = plan.dispatch
       settings.postedSlots = plan.posted
       settings.sources = 1 + plan.portCount + 1

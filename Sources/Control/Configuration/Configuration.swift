@@ -107,15 +107,7 @@ public struct Configuration: Equatable, Sendable {
     public var to: InterfaceName
   }
 
-  /// Which addresses a VNET rule is for, as its source or as its destination.
-  public enum MACPattern: Hashable, Sendable {
-    case any
-    /// As a destination: the rule is the default route of its source.
-    case none
-    case exact(MACAddress)
-    /// Any but this one.
-    case not(MACAddress)
-  }
+  public typealias MACPattern = Datapath.MACPattern
 
   /// A port or a link by its name.
   public enum InterfaceName: Hashable, Sendable {
@@ -243,17 +235,6 @@ extension Configuration.MACPattern {
     case .none: "none"
     case .exact: "exact"
     case .not: "not"
-    }
-  }
-
-  /// Whether VNET/P's table of scores has a rule with this source and destination; a rule that it does not have could
-  /// never be the best match of a frame.
-  static func haveScore(source: Self, destination: Self) -> Bool {
-    switch (source, destination) {
-    case (.exact, _): true
-    case (.not, .exact), (.not, .any): true
-    case (.any, .exact), (.any, .any), (.any, .not): true
-    default: false
     }
   }
 }

@@ -123,7 +123,7 @@ extension Draft {
     let source = makePattern(fields, "source")
     let destination = makePattern(fields, "destination")
     guard let source, let destination else { return nil }
-    guard Configuration.MACPattern.haveScore(source: source, destination: destination) else {
+    guard VNETRoute(source: source, destination: destination, to: .none).score != nil else {
       let better = source == .any ? "an address, not-ADDRESS or any" : "an address or any"
       reader.report(
         fields.place(of: source == .none ? "source" : "destination"),

@@ -69,6 +69,15 @@ struct Plan {
   /// The workers that send what a router routes: itself alone, or others over a ring each.
   func transmitters(ofRouter router: Int) -> [Int] { workerSet.transmitters(ofRouter: router) }
 
+  /// The workers in the order that frames come to them: those that receive; those that route what others received;
+  /// those that only send.
+  var stages: [[Int]] {
+    [
+      receivers, routers.filter { !receivers.contains($0) },
+      transmitters.filter { !receivers.contains($0) && !routers.contains($0) },
+    ].filter { !$0.isEmpty }
+  }
+
   // MARK: Indices
 
   func interface(port: Int) -> InterfaceIndex { InterfaceIndex(port) }
@@ -131,10 +140,18 @@ struct Plan {
 
   // MARK: MTUs
 
-  /// A port's MTU: what was asked for, or what the underlay carries of the links of its domain without fragments; the
-  /// kernel's usual one in a domain without links.
-  func mtuBytes(port: Int, linkMTUBytes: [Int]) -> Int {
-    ports[port].mtuBytes ?? carriedBytes(port: port, linkMTUBytes: linkMTUBytes) ?? 1_500
+  /// A port's MTU: what was asked for; a packet port's device's own; or what the underlay carries of the links of its
+  /// domain without fragments, and the devices of packet ports there; the kernel's usual one where there is neither.
+  /// - Parameter deviceMTUBytes: by port, of the packet ports whose device is there.
+  func mtuBytes(port: Int, linkMTUBytes: [Int], deviceMTUBytes: [Int?] = []) -> Int {
+    if let asked = ports[port].mtuBytes { return asked }
+    let devices = deviceMTUBytes + [Int?](repeating: nil, count: ports.count - deviceMTUBytes.count)
+    if let own = devices[port] { return own }
+    let beside = ports.indices.filter { other in
+      ports[port].domain.map { ports[other].domain == $0 } ?? (partner(ofPort: port) == other)
+    }
+    let limits = beside.compactMap { devices[$0] } + [carriedBytes(port: port, linkMTUBytes: linkMTUBytes)]
+    return limits.compactMap { $0 }.min() ?? 1_500
   }
 
   /// What the links of a port's domain carry of its frames without fragments; nil in a domain without links.
@@ -181,20 +198,33 @@ struct Plan {
       }
     return try Snapshot(
       version: version, interfaces: interfaces,
-      domains: domains.enumerated().map { Snapshot.Domain(DomainIndex($0), vni: $1.vni, macs: tables[$0]) })
+      domains: domains.indices.map { number in
+        Snapshot.Domain(
+          DomainIndex(number), vni: domains[number].vni, macs: tables[number], forwarding: forwarding(of: number),
+          floodFramesPerSecondMax: domains[number].floodFramesPerSecondMax)
+      })
   }
 
-  // What a snapshot is told of ports, links and rules: here, and nowhere else.
+  private func forwarding(of number: Int) -> Snapshot.Domain.Forwarding {
+    guard domains[number].forwarding == .routes else { return .learning }
+    return .routes(
+      routes.filter { $0.domain == domains[number].name }.map { route in
+        VNETRoute(
+          source: route.source, destination: route.destination,
+          from: route.from.map { .interface(interface(named: $0)) } ?? .any, to: interface(named: route.to))
+      })
+  }
 
   private func kind(ofPort port: Int) -> Snapshot.Interface.Kind {
-    .port(domain: domain(ofPort: port))
+    if let partner = partner(ofPort: port) { return .passthrough(to: interface(port: partner)) }
+    return .port(domain: domain(ofPort: port))
   }
 
   private func kind(ofLink number: Int) -> Snapshot.Interface.Kind {
     let link = links[number]
     return .link(
-      peer: link.remote.address, domains: link.domains.map { domain(named: $0) }, isRelay: link.isRelay,
-      dropsReservedBits: link.reservedBits == .drop)
+      peer: link.remote.address, domains: link.domains.map { domain(named: $0) },
+      encapsulation: link.encapsulation.onTheWire, isRelay: link.isRelay, dropsReservedBits: link.reservedBits == .drop)
   }
 }
 

@@ -57,8 +57,8 @@ public final class Service {
   private var underlaySockets: [UnderlayState] = []
   private var ports: [PortState] = []
   private var links: [LinkState] = []
-  /// The longest payload that each link carries.
-  private let linkMTUBytesMax: [Int]
+  /// The longest payload that each link carries now.
+  private var linkMTUBytesMax: [Int]
   /// What the kernel had counted before this service started.
   private let reassemblyFailuresBefore = UnderlaySocket.reassemblyFailures()
   /// Sources of the underlay's sockets whose receive failed, by worker: they are opened again at the next tick.
@@ -72,13 +72,15 @@ public final class Service {
   private let controlCounters: [CounterBlock]
 
   private struct PortState {
-    var device: TapDevice?
+    var device: PortDevice?
     let mtuBytes: Int
     /// Whether the device was made here: then it is made again when it went away, rather than waited for.
     var wasMade = false
     /// Answers of workers that are still to come before the descriptors can be closed.
     var closing = 0
     var isDown = false
+    /// Frames that the kernel dropped before a packet socket's worker took them.
+    var receiveBufferDrops = 0
   }
 
   /// A socket that receives, of one receiver.
@@ -127,13 +129,18 @@ public final class Service {
       plan.mtuBytesWithoutFragments(link: $0, underlayMTUBytes: pathMTUBytes[$0])
     }
     linkMTUBytesMax = plan.links.indices.map { plan.mtuBytesMax(link: $0, underlayMTUBytes: pathMTUBytes[$0]) }
-    let mtuBytes = plan.ports.indices.map { plan.mtuBytes(port: $0, linkMTUBytes: linkMTUBytes) }
+    let deviceMTUs = plan.ports.map { $0.kind == .packet ? PacketDevice.mtuBytes(of: $0.device) : nil }
+    let mtuBytes = plan.ports.indices.map {
+      plan.mtuBytes(port: $0, linkMTUBytes: linkMTUBytes, deviceMTUBytes: deviceMTUs)
+    }
     tables = configuration.domains.map { MACTable(macsMax: $0.macsMax) }
     controlCounters = configuration.domains.map { _ in CounterBlock() }
     snapshot = try plan.snapshot(version: 1, tables: tables, mtuBytes: mtuBytes)
     ports = mtuBytes.map { PortState(mtuBytes: $0) }
     for (port, bytes) in mtuBytes.enumerated() {
-      guard let carried = plan.carriedBytes(port: port, linkMTUBytes: linkMTUBytesMax), carried < bytes else {
+      guard plan.ports[port].kind == .tap,
+        let carried = plan.carriedBytes(port: port, linkMTUBytes: linkMTUBytesMax), carried < bytes
+      else {
         continue
       }
       log.warning(
@@ -176,29 +183,44 @@ public final class Service {
 
   private func makeDevice(
     _ port: Int, retries: Int = TapDevice.busyRetriesAtStart
-  ) throws(PortError) -> TapDevice {
-    try TapDevice.open(
-      name: plan.ports[port].device, queues: plan.ports[port].queues, mtuBytes: ports[port].mtuBytes,
-      mac: plan.mac(port: port, node: configuration.node.name), retries: retries)
+  ) throws(PortError) -> PortDevice {
+    let configured = plan.ports[port]
+    switch configured.kind {
+    case .tap:
+      return .tap(
+        try TapDevice.open(
+          name: configured.device, queues: configured.queues, mtuBytes: ports[port].mtuBytes,
+          mac: plan.mac(port: port, node: configuration.node.name), retries: retries))
+    case .packet: return .packet(try PacketDevice.open(name: configured.device, queues: configured.queues))
+    }
   }
 
   private func openDevice(_ port: Int) throws {
     let configured = plan.ports[port]
-    let device = try makeDevice(port)
+    let device: PortDevice
+    do throws(PortError) {
+      device = try makeDevice(port)
+    } catch {
+      // A packet port's device is somebody else's, who may make it later: a VMM its TAP, a driver its card.
+      guard configured.kind == .packet, error.mayPass else { throw error }
+      ports[port].isDown = true
+      log.warning("port is down, will be retried", metadata: ["name": "\(configured.name)", "why": "\(error)"])
+      return
+    }
     ports[port].device = device
     ports[port].wasMade = device.wasMade
     log.info(
       "port",
       metadata: [
-        "name": "\(configured.name)", "device": "\(device.name)", "made": "\(device.wasMade)",
-        "queues": "\(configured.queues)", "mtu": "\(ports[port].mtuBytes)",
+        "name": "\(configured.name)", "kind": "\(configured.kind)", "device": "\(configured.device)",
+        "made": "\(device.wasMade)", "queues": "\(configured.queues)", "mtu": "\(ports[port].mtuBytes)",
       ])
-    if !device.wasMade, let mtu = device.mtuBytes, mtu > ports[port].mtuBytes {
+    if configured.kind == .tap, !device.wasMade, let mtu = device.mtuBytes, mtu > ports[port].mtuBytes {
       log.warning(
         "the device's MTU is more than the port's: longer frames will be dropped (drop_too_big)",
         metadata: [
-          "device": "\(device.name)", "mtu": "\(mtu)",
-          "remedy": "ip link set \(device.name) mtu \(ports[port].mtuBytes)",
+          "device": "\(configured.device)", "mtu": "\(mtu)",
+          "remedy": "ip link set \(configured.device) mtu \(ports[port].mtuBytes)",
         ])
     }
   }
@@ -212,7 +234,7 @@ public final class Service {
     do throws(PortError) {
       for worker in 0..<plan.workerCount {
         sockets.append([])
-        for number in 0..<plan.sourcePorts {
+        for number in 0..<plan.sourcePorts where plan.transmitters.contains(worker) {
           let spread = worker * plan.sourcePorts + number
           sockets[worker].append(
             try UnderlaySocket.transmit(
@@ -249,6 +271,12 @@ public final class Service {
       settings.ringEntries = tuning.ringEntries
       settings.slots = tuning.slots
       settings.without = tuning.without
+      settings.io =
+        switch tuning.io {
+        case .auto: .auto
+        case .uring: .uring
+        case .syscalls: .syscalls
+        }
       settings.worker.dispatch = tuning.dispatchSettings
       // At least half of the slots may wait for full sockets.
       settings.worker.postedSlots = max(1, min(tuning.batchFrames, tuning.slots / 2))
@@ -267,11 +295,12 @@ public final class Service {
     var joining = Wiring.Settings()
     joining.slots = tuning.slots
     joining.hugePages = tuning.hugePages != .off
-    joining.batchFrames = tuning.batchFrames
+    joining.ringFrames = tuning.ringDepthFrames
+    joining.batchFrames = tuning.ringBatchFrames
     var wiring = try Wiring(
-      roles: workers.map { _ in .all }, wakers: workers.map(\.waker), settings: joining)
+      roles: plan.workers.map(\.roles), wakers: workers.map(\.waker), settings: joining)
     for (number, worker) in workers.enumerated() {
-      if tuning.hugePages == .on && !wiring.hasHugePages(number) {
+      if tuning.hugePages == .on && plan.receivers.contains(number) && !wiring.hasHugePages(number) {
         throw SystemError(ENOMEM, doing: "map the frame arena in huge pages")
       }
       try worker.start(joints: wiring.takeJoints(of: number), memory: wiring.makeMemory(of: number))
@@ -289,24 +318,24 @@ public final class Service {
       worker.send(.addDomain(DomainIndex(domain), domainCounters[number][domain].writer), wakes: false)
     }
     for port in plan.ports.indices {
-      let interface = plan.interface(port: port)
       let record = InterfaceRecord(
-        .tap, laneFirst: plan.lane(port: port), laneCount: 1, mtuBytes: ports[port].mtuBytes,
-        counters: interfaceCounters[number][interface.index].writer)
-      worker.send(.addInterface(interface, record), wakes: false)
+        plan.ports[port].kind.record, laneFirst: plan.lane(port: port), laneCount: 1, mtuBytes: ports[port].mtuBytes,
+        counters: interfaceCounters[number][plan.interface(port: port).index].writer)
+      worker.send(.addInterface(plan.interface(port: port), record), wakes: false)
       lend(port, to: worker)
     }
     for link in plan.links.indices {
-      let interface = plan.interface(link: link)
-      let record = InterfaceRecord(
-        plan.links[link].encapsulation == .vxlan ? .vxlan : .vnetp, laneFirst: plan.lane(link: link, sourcePort: 0),
-        laneCount: plan.sourcePorts,
-        mtuBytes: linkMTUBytesMax[link],
-        counters: interfaceCounters[number][interface.index].writer)
-      worker.send(.addInterface(interface, record), wakes: false)
+      worker.send(.addInterface(plan.interface(link: link), record(ofLink: link, at: number)), wakes: false)
       lendLink(link, to: worker)
     }
     for socket in underlaySockets where socket.worker == number { lend(socket) }
+  }
+
+  private func record(ofLink link: Int, at worker: Int) -> InterfaceRecord {
+    InterfaceRecord(
+      plan.links[link].encapsulation == .vxlan ? .vxlan : .vnetp, laneFirst: plan.lane(link: link, sourcePort: 0),
+      laneCount: plan.sourcePorts, mtuBytes: linkMTUBytesMax[link],
+      counters: interfaceCounters[worker][plan.interface(link: link).index].writer)
   }
 
   private func lend(_ socket: UnderlayState) {
@@ -320,14 +349,17 @@ public final class Service {
     let number = worker.plan.number
     let interface = plan.interface(port: port)
     let domain = plan.domain(ofPort: port)
-    worker.send(
-      .openLane(
-        plan.lane(port: port), .tap, interface: interface,
-        descriptor: device.queues[plan.writtenQueue(port: port, worker: number)]), wakes: false)
+    let kind = plan.ports[port].kind
+    if plan.transmitters.contains(number) {
+      worker.send(
+        .openLane(
+          plan.lane(port: port), kind.lane, interface: interface,
+          descriptor: device.queues[plan.writtenQueue(port: port, worker: number)]), wakes: false)
+    }
     for queue in device.queues.indices where plan.reader(port: port, queue: queue) == number {
       worker.send(
         .openSource(
-          plan.source(port: port, queue: queue), .tap, interface: interface, domain: domain,
+          plan.source(port: port, queue: queue), kind.source, interface: interface, domain: domain,
           descriptor: device.queues[queue]), wakes: false)
     }
   }
@@ -355,13 +387,14 @@ public final class Service {
       for worker in workers {
         guard let report = worker.nextReport() else { continue }
         switch report {
-        case .started(let features, let hasHugePages):
+        case .started(let side, let hasHugePages):
           isStarted[worker.plan.number] = true
-          logStart(worker, UringFeatures(rawValue: features), hasHugePages)
+          logStart(worker, side, hasHugePages)
         case .couldNotStart(let error):
           let remedy =
             error == EPERM || error == EACCES
-            ? "io_uring is forbidden here: see kernel.io_uring_disabled and the container's seccomp profile"
+            ? "io_uring is forbidden here (kernel.io_uring_disabled, or a container's seccomp profile): allow it, or set "
+              + "tuning.io to \"auto\" or \"syscalls\""
             : error == ENOMEM && configuration.tuning.hugePages == .on
               ? "free huge pages (sysctl vm.nr_hugepages) or set tuning.huge_pages = \"auto\""
               : error == EINVAL ? "see that CPU \(worker.plan.cpu) may be used" : "run vnetr doctor"
@@ -378,11 +411,26 @@ public final class Service {
     for worker in workers where worker.isStarted { worker.join() }
   }
 
-  private func logStart(_ worker: WorkerThread, _ features: UringFeatures, _ hasHugePages: Bool) {
-    let missing = UringFeatures.all.subtracting(features)
-    var metadata: Logger.Metadata = ["worker": "\(worker.plan.number)", "cpu": "\(worker.plan.cpu)"]
-    metadata["huge_pages"] = "\(hasHugePages)"
-    if !missing.isEmpty { metadata["without"] = "\(missing)" }
+  private func logStart(_ worker: WorkerThread, _ side: IOSide, _ hasHugePages: Bool) {
+    let planned = plan.workers[worker.plan.number]
+    var metadata: Logger.Metadata = ["worker": "\(worker.plan.number)", "cpu": "\(planned.cpu)"]
+    if plan.layout == .pipeline { metadata["stages"] = "\(planned.roles)" }
+    if planned.roles.contains(.receive) { metadata["huge_pages"] = "\(hasHugePages)" }
+    switch side {
+    case .uring(let features):
+      metadata["io"] = "uring"
+      let missing = UringFeatures.all.subtracting(UringFeatures(rawValue: features))
+      if !missing.isEmpty { metadata["without"] = "\(missing)" }
+    case .syscalls(let error):
+      metadata["io"] = "syscalls"
+      guard error != 0 else { break }
+      log.warning(
+        "io_uring cannot be used here: plain system calls do its work, at a higher cost for each frame",
+        metadata: [
+          "worker": "\(worker.plan.number)", "why": "\(SystemError.text(error))",
+          "remedy": "see kernel.io_uring_disabled and the container's seccomp profile; vnetr doctor tells more",
+        ])
+    }
     log.info("worker runs", metadata: metadata)
   }
 
@@ -444,7 +492,26 @@ public final class Service {
         }
       }
     }
+    for link in plan.links.indices { followPathMTU(link) }
     if notify.watchdogMicroseconds != nil { beat() }
+  }
+
+  /// What the path to a link's other end carries may change: a route does, or a router on the way told so (ICMP). The
+  /// kernel remembers it for the socket; workers then drop what is too big before they send it.
+  private func followPathMTU(_ link: Int) {
+    let configured = plan.links[link]
+    guard !configured.fragments, let socket = links[link].sockets.joined().first,
+      let path = UnderlaySocket.pathMTUBytes(of: socket)
+    else { return }
+    let carried = plan.mtuBytesMax(link: link, underlayMTUBytes: path)
+    guard carried != linkMTUBytesMax[link] else { return }
+    linkMTUBytesMax[link] = carried
+    log.warning(
+      "the path of a link carries another length now: longer frames are dropped (drop_too_big)",
+      metadata: ["name": "\(configured.name)", "mtu": "\(carried)"])
+    for worker in workers where plan.transmitters.contains(worker.plan.number) {
+      worker.send(.addInterface(plan.interface(link: link), record(ofLink: link, at: worker.plan.number)))
+    }
   }
 
   /// Tells the service manager that this service lives, if every worker answered the audit of the last tick.
@@ -489,8 +556,10 @@ public final class Service {
       ])
     for worker in workers {
       let number = worker.plan.number
-      worker.send(.closeLane(plan.lane(port: port)), wakes: false)
-      ports[port].closing += 1
+      if plan.transmitters.contains(number) {
+        worker.send(.closeLane(plan.lane(port: port)), wakes: false)
+        ports[port].closing += 1
+      }
       for queue in 0..<plan.ports[port].queues where plan.reader(port: port, queue: queue) == number {
         worker.send(.closeSource(plan.source(port: port, queue: queue)), wakes: false)
         ports[port].closing += 1
@@ -535,7 +604,7 @@ public final class Service {
     log.info("stopping")
     notify.stopping()
     // What a worker hands on must find the next one at work; slots must come back before a receiver counts them.
-    let stages = [workers]
+    let stages = plan.stages.map { stage in stage.map { workers[$0] } }
     for stage in stages {
       for worker in stage { worker.send(.drain) }
       waitForReports(stage.count) { report, _ in if case .drained = report { true } else { false } }

@@ -27,10 +27,18 @@ public enum Command: BitwiseCopyable, Sendable {
   case stop
 }
 
+/// What a worker does its I/O by.
+public enum IOSide: BitwiseCopyable, Sendable {
+  /// - features: `UringFeatures` that are used.
+  case uring(features: UInt32)
+  /// - because: why io_uring could not be used, an error number; 0 where system calls were asked for.
+  case syscalls(because: Int32)
+}
+
 /// What a worker tells control.
 public enum Report: BitwiseCopyable, Sendable {
   /// The ring is made and the thread is pinned.
-  case started(features: UInt32, hasHugePages: Bool)
+  case started(IOSide, hasHugePages: Bool)
   case couldNotStart(error: Int32)
   /// The receive of a source ended for good: its device is gone.
   case sourceFailed(Int, error: Int32)

@@ -64,20 +64,6 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   }
   private var inFlight: InFlight
 
-  public struct Settings: Sendable {
-    public var dispatch = Dispatch.Settings()
-    /// Slots that the kernel holds at most.
-    public var postedSlots = 64
-    public var sources = 1
-    public var lanes = 1
-    public var interfaces = 1
-    public var domains = 1
-    public var operations = 1_024
-    /// The start of second 1 of learning and ageing, which all workers and control share; nil: now.
-    public var epochNanoseconds: UInt64?
-    public init() {}
-  }
-
   /// - Parameters:
   ///   - io: made on this thread.
   ///   - memory: this worker's alone from now on.
@@ -85,7 +71,8 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   ///   - view: the first snapshot.
   public init(
     io: consuming IO, memory: consuming FrameMemory, joints: consuming Joints? = nil, mailbox: Mailbox,
-    settings: Settings, view: SnapshotView, workerCounters: CounterBlock.Writer, underlayCounters: CounterBlock.Writer
+    settings: WorkerSettings, view: SnapshotView, workerCounters: CounterBlock.Writer,
+    underlayCounters: CounterBlock.Writer
   ) {
     let now = io.now()
     startNanoseconds = settings.epochNanoseconds ?? now
@@ -485,4 +472,19 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     }
     return sums
   }
+}
+
+/// How a worker is sized and driven; the same for every kind of I/O.
+public struct WorkerSettings: Sendable {
+  public var dispatch = Dispatch.Settings()
+  /// Slots that the kernel holds at most.
+  public var postedSlots = 64
+  public var sources = 1
+  public var lanes = 1
+  public var interfaces = 1
+  public var domains = 1
+  public var operations = 1_024
+  /// The start of second 1 of learning and ageing, which all workers and control share; nil: now.
+  public var epochNanoseconds: UInt64?
+  public init() {}
 }

@@ -7,14 +7,21 @@ import Glibc
 /// its pages are near that core.
 /// Control's side is used by one thread.
 public final class WorkerThread: @unchecked Sendable {
+  public enum IOChoice: Sendable {
+    /// io_uring, or system calls where it is forbidden.
+    case auto
+    case uring, syscalls
+  }
+
   public struct Plan: Sendable {
     public var number: Int
     /// The CPU to stay on.
     public var cpu: Int
-    public var worker = Worker<UringIO>.Settings()
+    public var worker = WorkerSettings()
     public var ringEntries = 512
     public var slots = 1_024
     public var without: UringFeatures = []
+    public var io = IOChoice.auto
 
     public init(number: Int, cpu: Int) {
       self.number = number
@@ -105,23 +112,40 @@ public final class WorkerThread: @unchecked Sendable {
     swap(&joints, &self.joints)
     swap(&memory, &self.memory)
     guard let joints, let memory else { preconditionFailure("a worker's thread starts once") }
+    let limits = IOLimits(
+      entries: plan.ringEntries, slots: memory.slotCount, posted: plan.worker.postedSlots, sources: plan.worker.sources,
+      lanes: plan.worker.lanes, operations: plan.worker.operations)
+    var whyNot: Int32 = 0
+    if plan.io != .syscalls {
+      do throws(SystemError) {
+        let io = try UringIO(limits, without: plan.without)
+        var settings = plan.worker
+        // One receive at a time takes a slot for each source before anything has come.
+        if !io.features.contains(.bufferRing) { settings.postedSlots += settings.sources }
+        let side = IOSide.uring(features: io.features.rawValue)
+        return run(io, side, settings, joints, memory)
+      } catch {
+        guard plan.io == .auto else { return fail(error.number) }
+        whyNot = error.number
+      }
+    }
     do throws(SystemError) {
-      let limits = UringIO.Limits(
-        entries: plan.ringEntries, slots: plan.slots, posted: plan.worker.postedSlots, sources: plan.worker.sources,
-        lanes: plan.worker.lanes, operations: plan.worker.operations)
-      let io = try UringIO(limits, without: plan.without)
-      var settings = plan.worker
-      // One receive at a time takes a slot for each source before anything has come.
-      if !io.features.contains(.bufferRing) { settings.postedSlots += settings.sources }
-      let started = Report.started(features: io.features.rawValue, hasHugePages: memory.hasHugePages)
-      var worker = Worker(
-        io: io, memory: memory, joints: joints, mailbox: mailbox, settings: settings, view: firstSnapshot.view,
-        workerCounters: counters.writer, underlayCounters: underlayCounters.writer)
-      worker.report(started)
-      worker.run()
+      run(try SyscallIO(limits), .syscalls(because: whyNot), plan.worker, joints, memory)
     } catch {
       fail(error.number)
     }
+  }
+
+  private func run<IO: WorkerIO & ~Copyable>(
+    _ io: consuming IO, _ side: IOSide, _ settings: WorkerSettings, _ joints: consuming Joints,
+    _ memory: consuming FrameMemory
+  ) {
+    let started = Report.started(side, hasHugePages: memory.hasHugePages)
+    var worker = Worker(
+      io: io, memory: memory, joints: joints, mailbox: mailbox, settings: settings, view: firstSnapshot.view,
+      workerCounters: counters.writer, underlayCounters: underlayCounters.writer)
+    worker.report(started)
+    worker.run()
   }
 
   /// No worker was made, so this thread has the report ring for itself.

@@ -118,6 +118,14 @@ public struct PacketDevice: Sendable {
     return PacketDevice(name: name, queues: descriptors)
   }
 
+  /// The MTU of a device, in bytes; nil when it is not there.
+  public static func mtuBytes(of name: String) -> Int? {
+    let control = socket(AF_INET, Int32(SOCK_DGRAM.rawValue) | Int32(SOCK_CLOEXEC.rawValue), 0)
+    defer { Glibc.close(control) }
+    let bytes = unsafe clinux_device_mtu(control, name)
+    return bytes < 0 ? nil : Int(bytes)
+  }
+
   /// The device's MTU now, in bytes; nil when it is not in this namespace any more.
   public var mtuBytes: Int? {
     guard let queue = queues.first else { return nil }
