@@ -16,6 +16,7 @@
 #include <linux/if_packet.h>
 #include <linux/if_tun.h>
 #include <net/if.h>
+#include <net/if_arp.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -178,6 +179,13 @@ static inline int clinux_device_flags(int fd, const char *name) {
   return ioctl(fd, SIOCGIFFLAGS, &request) < 0 ? -1 : (unsigned short)request.ifr_flags;
 }
 
+// The kind of a device's addresses (ARPHRD_ETHER…), or -1.
+static inline int clinux_device_type(int fd, const char *name) {
+  struct ifreq request = {0};
+  strncpy(request.ifr_name, name, IFNAMSIZ - 1);
+  return ioctl(fd, SIOCGIFHWADDR, &request) < 0 ? -1 : request.ifr_hwaddr.sa_family;
+}
+
 // ---- TUN/TAP and network devices: ioctls whose numbers and unions Swift cannot read ----
 
 #define CLINUX_TAP_FLAGS (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
@@ -205,7 +213,7 @@ static inline int clinux_device_set_mtu(int fd, const char *name, int bytes) {
 static inline int clinux_device_set_mac(int fd, const char *name, const unsigned char *mac) {
   struct ifreq request = {0};
   strncpy(request.ifr_name, name, IFNAMSIZ - 1);
-  request.ifr_hwaddr.sa_family = 1;  // ARPHRD_ETHER
+  request.ifr_hwaddr.sa_family = ARPHRD_ETHER;
   memcpy(request.ifr_hwaddr.sa_data, mac, 6);
   return ioctl(fd, SIOCSIFHWADDR, &request);
 }

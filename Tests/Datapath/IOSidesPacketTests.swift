@@ -306,6 +306,12 @@ struct IOSidesPacketTests {
     }
   }
 
+  @Test("what is no Ethernet device is refused for good")
+  func notEthernet() throws {
+    let error = try #require(throws: PortError.self) { try PacketDevice.open(name: "lo", queues: 1) }
+    #expect(!error.mayPass && "\(error)".contains("no Ethernet device"))
+  }
+
   @Test("a device that is not there may come, and the error says what to do")
   func missing() throws {
     let error = try #require(throws: PortError.self) { try PacketDevice.open(name: "vio-nowhere", queues: 1) }

@@ -10,12 +10,14 @@ enum IOSide: String, CaseIterable, CustomTestStringConvertible {
   /// io_uring as an old kernel has it: one receive at a time.
   case uringWithoutMultishot
   case systemCalls
+  /// System calls as an old kernel has them: waits are rounded up to milliseconds.
+  case systemCallsWithoutNanoseconds
 
   var testDescription: String { rawValue }
 
   /// Those that this machine lets be made.
   static let usable = allCases.filter { side in
-    side == .systemCalls || (try? UringFeatures.probe()) != nil
+    side == .systemCalls || side == .systemCallsWithoutNanoseconds || (try? UringFeatures.probe()) != nil
   }
 
   /// Carries out a scenario on this side.
@@ -32,6 +34,9 @@ enum IOSide: String, CaseIterable, CustomTestStringConvertible {
       try scenario.run(&bench)
     case .systemCalls:
       var bench = try IOBench(io: SyscallIO(limits), slots: slots, eventRoom: eventRoom)
+      try scenario.run(&bench)
+    case .systemCallsWithoutNanoseconds:
+      var bench = try IOBench(io: SyscallIO(limits, waitsByNanoseconds: false), slots: slots, eventRoom: eventRoom)
       try scenario.run(&bench)
     }
   }

@@ -92,9 +92,10 @@ public struct PacketDevice: Sendable {
   public static let queuesMax = 256
   /// What waits in a socket for its worker: some ms of a fast NIC.
   public static let receiveBufferBytes = 8 << 20
-  /// What may wait for the device: less than its queue takes (1,000 frames), so that a full one is told (EAGAIN) rather
-  /// than dropped (ENOBUFS); more than a few super-frames.
-  public static let sendBufferBytes = 1 << 20
+  /// What may wait for the device; the kernel doubles it and counts 2,304 bytes for a full-sized frame, so it is 455 of
+  /// them, or some 15 super-frames: less than a device's queue takes (1,000 frames), so that a full one is mostly told
+  /// (EAGAIN) rather than dropped (ENOBUFS).
+  public static let sendBufferBytes = 512 << 10
 
   /// Opens one socket a queue on a device that exists and is up. Nothing is received before all options are set.
   ///
@@ -157,6 +158,13 @@ public struct PacketDevice: Sendable {
       throw PortError(doing: doing, number: errno, remedy: "run as root or with CAP_NET_RAW")
     }
     do throws(PortError) {
+      // Others bear no Ethernet header; and what is sent by loopback comes in by it.
+      let type = unsafe clinux_device_type(descriptor, name)
+      guard type < 0 || type == Int32(ARPHRD_ETHER) else {
+        throw PortError(
+          doing: doing, number: EINVAL, reason: "it is no Ethernet device (its type is \(type))",
+          remedy: "choose a NIC, a veth's end or a TAP")
+      }
       let flags = unsafe clinux_device_flags(descriptor, name)
       guard flags >= 0, flags & Int32(IFF_UP) != 0 else {
         throw PortError(

@@ -30,7 +30,7 @@ public struct SyscallIO: ~Copyable, WorkerIO {
 
   private let epoll: Int32
   /// Whether the kernel waits by nanoseconds (`epoll_pwait2`, 5.11); otherwise waits are rounded up to milliseconds.
-  private var waitsByNanoseconds = true
+  private var waitsByNanoseconds: Bool
   private let ready: UnsafeMutablePointer<epoll_event>
   private let readyRoom: Int
   private var turn = 0
@@ -78,12 +78,14 @@ public struct SyscallIO: ~Copyable, WorkerIO {
   /// What an entry of epoll belongs to: a lane, or a source.
   private static let laneMark: UInt64 = 1 << 32
 
+  /// - Parameter waitsByNanoseconds: false to wait as a kernel before 5.11 does, although this one may be newer.
   /// - Throws: where no descriptor is left (EMFILE).
-  public init(_ limits: IOLimits) throws(SystemError) {
+  public init(_ limits: IOLimits, waitsByNanoseconds: Bool = true) throws(SystemError) {
     let epoll = epoll_create1(Int32(EPOLL_CLOEXEC))
     guard epoll >= 0 else { throw SystemError(errno, doing: "make an epoll instance") }
     self.epoll = epoll
     self.limits = limits
+    self.waitsByNanoseconds = waitsByNanoseconds
     readyRoom = max(1, limits.sources + limits.lanes)
     unsafe ready = .allocate(capacity: readyRoom)
     unsafe ready.initialize(repeating: epoll_event(), count: readyRoom)
