@@ -168,8 +168,11 @@ struct IOSidesPacketTests {
         let outgoing = FrameMaker().ethernet(0x88B5).payload([1]).bytes
         let incoming = FrameMaker().ethernet(0x88B5).payload([2]).bytes
         bench.send(0, .packet, [outgoing], header: SendPool.Header(count: PacketPort.headerBytes))
-        _ = bench.collect(1, .sent)
+        let sent = bench.collect { events in events.contains { $0.kind == .sent } } + bench.collectRest()
         #expect(device.take(1).map(\.frame) == [outgoing])
+        let heard = sent.filter { $0.kind == .received && bench.isFromGuest($0) }
+        #expect(heard.isEmpty)
+        for event in sent where event.kind == .received { _ = bench.take(event) }
         device.give(incoming)
         let events = bench.collectFromGuest(1)
         let (descriptor, _) = bench.describe(try #require(events.first))

@@ -363,6 +363,58 @@ import Testing
     try IOSide.systemCalls.run(Scenario(paths: paths), eventRoom: 8)
   }
 
+  @Test("a lane that is closed before it was told that it is writable is not told later, with system calls")
+  func closedBeforeTold() throws {
+    struct Scenario: IOScenario {
+      let pairs: [MessagePair]
+      func run(_ bench: inout IOBench<some WorkerIO & ~Copyable>) throws {
+        for (lane, pair) in pairs.enumerated() {
+          bench.io.openLane(lane, .datagramIPv4, descriptor: pair.ours)
+          bench.send(lane, .datagramIPv4, numbered(50, bytes: 1_000))
+          _ = bench.collect(1, .sent)
+          bench.io.awaitWritable(lane)
+        }
+        for pair in pairs { _ = pair.drain() }
+        // Both are writable, and there is room for one event.
+        let first = bench.collect(1, .writable)
+        #expect(first.count == 1)
+        let told = Int(first.first?.index ?? 0)
+        bench.io.closeLane(1 - told)
+        let silence = bench.collectRest()
+        #expect(silence.isEmpty)
+        bench.forgetChains()
+        bench.io.closeLane(told)
+      }
+    }
+    let pairs = [MessagePair(), MessagePair()]
+    defer { for pair in pairs { pair.close() } }
+    try IOSide.systemCalls.run(Scenario(pairs: pairs), eventRoom: 1)
+  }
+
+  @Test("a source that ended keeps no worker awake, whatever comes to it", arguments: IOSide.usable)
+  func endedSourceIsQuiet(_ side: IOSide) throws {
+    struct Scenario: IOScenario {
+      let path: DatagramPath
+      func run(_ bench: inout IOBench<some WorkerIO & ~Copyable>) throws {
+        bench.open(0, .vxlan, path.receiver)
+        path.sendPlainly([1])
+        let ended = bench.collect(1, .receiveEnded)
+        #expect(ended.first?.error == ENOBUFS)
+        path.sendPlainly([2])
+        _ = bench.collectRest()
+        // No upper bound: a wait that is told to last so long lasts so long, however busy the machine is.
+        let start = bench.io.now()
+        let silence = bench.collect(.atMost(nanoseconds: 20_000_000))
+        let waited = bench.io.now() - start
+        #expect(silence.isEmpty && waited >= 20_000_000)
+        bench.io.closeSource(0)
+      }
+    }
+    let path = try DatagramPath()
+    defer { path.close() }
+    try side.run(Scenario(path: path))
+  }
+
   @Test("system calls and frames are counted, and a call that waited as a sleep")
   func statistics() throws {
     struct Scenario: IOScenario {
