@@ -24,8 +24,8 @@ import Synchronization
 ///   the earliest in candidate order and removes the others, so all who look agree, and one entry is left.
 /// - `generation` is raised after every move, freeze and removal. A decision that was made under a generation read
 ///   before the lookup is right as long as the generation has not changed. A first learning does not raise it, or a
-///   guest that sends from ever new addresses would empty every worker's decision cache; so decisions to flood for want of a
-///   location must not be cached (`Router` does not).
+///   guest that sends from ever new addresses would empty every worker's decision cache; so decisions to flood for want
+///   of a location must not be cached (`Router` does not).
 /// - What a race can do at worst: a lookup misses an entry that is being replaced by its duplicate, or an entry is
 ///   removed just as its MAC is heard again. The frame is flooded, and the next frame from that MAC learns it anew.
 @safe
