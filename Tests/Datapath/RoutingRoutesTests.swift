@@ -373,12 +373,12 @@ private enum PlainReference {
       let source = testMAC(Int.random(in: 0...ruleCount, using: &random))
       let destination = testMAC(Int.random(in: 0...ruleCount, using: &random))
       var groupsRead = 0
-      let targets = view.routeSet(
+      let match = view.matchRoutes(
         domain: RoutedNetwork.domain, source: source, destination: destination,
         ingress: InterfaceIndex(Int.random(in: 0..<8, using: &random)), groupsRead: &groupsRead)
       total += groupsRead
       most = max(most, groupsRead)
-      found += targets == nil ? 0 : 1
+      found += match == nil ? 0 : 1
     }
     #expect(found > lookups / 4)
     // By construction 18 buckets of at most 8; in fact one group read for each pattern is seldom reached.

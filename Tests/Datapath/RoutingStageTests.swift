@@ -2,8 +2,8 @@ import Testing
 
 @testable import Datapath
 
-/// A route stage with frames to give it: interface 0 is a port of the blue domain, 1 a VXLAN link and 2 a VNET/P link to
-/// different hosts, both with the blue domain; 3 and 4 are wired to each other.
+/// A route stage with frames to give it: interface 0 is a port of the blue domain, 1 a VXLAN link and 2 a VNET/P link
+/// to different hosts, both with the blue domain; 3 and 4 are wired to each other.
 private struct Stage: ~Copyable {
   static let blue = DomainIndex(0)
   static let vxlanHost = UnderlayAddress(ipv4: 1)

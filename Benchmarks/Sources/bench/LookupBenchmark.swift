@@ -67,7 +67,7 @@ private func benchmarkDecision(_ report: Report) {
         let decision = router.decide(
           source: mac(from), destination: mac(to), ingress: InterfaceIndex(from), domain: domain,
           now: TurnClock(seconds: 1))
-        if decision.action != .unicast(InterfaceIndex(to)) { wrong += 1 }
+        if !isUnicast(decision, to) { wrong += 1 }
       }
     }
     report.check(wrong == 0, "lookup: decisions \(name) are right")
@@ -117,11 +117,15 @@ private func benchmarkRoutes(_ report: Report, rules: Int) {
         let from = (to &+ 1) & 3
         let decision = router.decide(
           source: mac(to ^ 1), destination: mac(to), ingress: InterfaceIndex(from), domain: domain, now: now)
-        if decision.action != .unicast(InterfaceIndex(to & 3)) { wrong += 1 }
+        if !isUnicast(decision, to & 3) { wrong += 1 }
       }
     }
     report.check(wrong == 0, "lookup: decisions by \(rules) rules, \(name), are right")
   }
+}
+
+private func isUnicast(_ decision: Router.Decision, _ egress: Int) -> Bool {
+  if case .unicast(let chosen) = decision.action { chosen.index == egress } else { false }
 }
 
 private func mac(_ number: Int) -> UInt64 { 0x0200_0000_0000 | UInt64(number + 1) }

@@ -5,8 +5,8 @@
 ///    A frame from a port has them.
 /// 2. `decapsulate`: the congestion mark of the outer header is carried over to the inner frame.
 /// 3. The frame is parsed, once.
-/// 4. `Router.decide`: the source is learned, the destination looked up, or VNET rules decide. A frame from a passthrough
-///    port goes to the other end of its wire.
+/// 4. `Router.decide`: the source is learned, the destination looked up, or VNET rules decide. A frame from a
+///    passthrough port goes to the other end of its wire.
 /// 5. The frame goes on with its target; or it ends here, counted.
 struct RouteStage: ~Copyable {
   private var router: Router

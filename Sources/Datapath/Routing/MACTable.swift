@@ -22,10 +22,10 @@ import Synchronization
 /// - Two workers may insert one MAC in two places at once. Each publishes its entry first and then reads all 16
 ///   candidates, both sequentially consistent: at least one of the two sees both entries. Whoever sees several keeps
 ///   the earliest in candidate order and removes the others, so all who look agree, and one entry is left.
-/// - `generation` is raised after every move, freeze and removal. A decision that was made under a generation read before
-///   the lookup is right as long as the generation has not changed. A first learning does not raise it, or a guest
-///   that sends from ever new addresses would empty every worker's decision cache; so decisions to flood for want of a
-///   location must not be cached (`Router` does not).
+/// - `generation` is raised after every move, freeze and removal. A decision that was made under a generation read
+///   before the lookup is right as long as the generation has not changed. A first learning does not raise it, or a
+///   guest that sends from ever new addresses would empty every worker's decision cache; so decisions to flood for want
+///   of a location must not be cached (`Router` does not).
 /// - What a race can do at worst: a lookup misses an entry that is being replaced by its duplicate, or an entry is
 ///   removed just as its MAC is heard again. The frame is flooded, and the next frame from that MAC learns it anew.
 @safe
@@ -210,8 +210,8 @@ extension MACTable {
       self.macsMax = macsMax
     }
 
-    /// Raised by every move, freeze and removal. Read it before the lookup that a decision rests on; the decision is right
-    /// while it stays the same.
+    /// Raised by every move, freeze and removal. Read it before the lookup that a decision rests on; the decision
+    /// is right while it stays the same.
     @inline(__always)
     public var generation: UInt32 {
       UInt32(truncatingIfNeeded: unsafe shared.pointee.load(ordering: .acquiring))

@@ -147,6 +147,14 @@ struct RouteTable: ~Copyable {
     let source: UInt64
     let destination: UInt64
 
+    /// The target, where it is the only one: one range of one target, which is not excepted, or it were no match.
+    @inline(__always)
+    var onlyTarget: InterfaceIndex? {
+      guard starts[1] == Self.noRange else { return nil }
+      let first = targets[Int(starts[0])]
+      return first.isLast ? first.interface : nil
+    }
+
     /// Whether a target's exception is for this frame.
     @inline(__always)
     func excepts(_ target: Target) -> Bool { target.excepted == (target.exceptsSource ? source : destination) }

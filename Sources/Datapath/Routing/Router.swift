@@ -139,10 +139,13 @@ public struct Router: ~Copyable {
 
   /// VNET/P's way: all rules that tie at the highest score fire, and none sends a frame back.
   private func routeByRules(_ key: CacheKey, _ ingress: InterfaceIndex, _ domain: DomainIndex) -> Decision.Action {
+    var groupsRead = 0
     guard
-      let targets = view.routeSet(
-        domain: domain, source: key.source, destination: key.destination, ingress: ingress)
+      let match = view.matchRoutes(
+        domain: domain, source: key.source, destination: key.destination, ingress: ingress, groupsRead: &groupsRead)
     else { return .drop(.dropNoRoute) }
+    if let target = match.onlyTarget { return target == ingress ? .drop(.dropSameInterface) : .unicast(target) }
+    let targets = TargetSet(match, ingress: ingress)
     switch targets.targetCount {
     case 0: return .drop(.dropSameInterface)
     case 1:

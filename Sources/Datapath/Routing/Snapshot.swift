@@ -413,24 +413,15 @@ public struct SnapshotView: BitwiseCopyable, Sendable {
 
   // MARK: VNET rules
 
-  /// The targets of the rules with the highest score that match a frame; nil if none does. Empty if they name only the
-  /// interface that it came by.
-  public func routeSet(
-    domain: DomainIndex, source: UInt64, destination: UInt64, ingress: InterfaceIndex
-  ) -> TargetSet? {
-    var groupsRead = 0
-    return routeSet(
-      domain: domain, source: source, destination: destination, ingress: ingress, groupsRead: &groupsRead)
-  }
-
+  /// The rules with the highest score that match a frame; nil if none does.
+  /// - Parameter groupsRead: grows by the entries of the table that were compared, for tests.
   @inline(__always)
-  func routeSet(
+  func matchRoutes(
     domain: DomainIndex, source: UInt64, destination: UInt64, ingress: InterfaceIndex, groupsRead: inout Int
-  ) -> TargetSet? {
+  ) -> RouteTable.Match? {
     routes.match(
       domain: domain, patterns: entry(domain).routePatterns, source: source, destination: destination,
-      ingress: ingress, groupsRead: &groupsRead
-    ).map { TargetSet($0, ingress: ingress) }
+      ingress: ingress, groupsRead: &groupsRead)
   }
 
   // MARK: The underlay

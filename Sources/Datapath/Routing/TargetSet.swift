@@ -91,7 +91,8 @@ extension TargetSet: Hashable {
   }
 }
 
-/// The targets of the rules that fire for a frame, ascending and each once; the ingress is among them if a rule says so.
+/// The targets of the rules that fire for a frame, ascending and each once; the ingress is among them if a rule says
+/// so.
 struct RouteTargets: BitwiseCopyable {
   private var match: RouteTable.Match
 
