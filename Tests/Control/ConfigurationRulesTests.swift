@@ -280,9 +280,6 @@ let soundRules = """
     Mistake(
       "name = \"vm2\"", "name = \"vm2\"\nmac = \"02:00:00:00:00:0a\"",
       "port[1].mac: 02:00:00:00:00:0a is taken by port[0].mac; give each guest an address of its own"),
-    Mistake(
-      "device = \"eth1\"", "device = \"eth1\"\nqueues = 2",
-      "port[2].queues: a packet port has one queue; leave it out"),
   ]
 
   private static let stagesRemedy = "give each stage its CPUs, such as \"rx=0 route=1 tx=2,3\", or use \"auto\""

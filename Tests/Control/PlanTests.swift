@@ -93,6 +93,37 @@ import Testing
     #expect(plan.interface(named: .link("to-c")) == InterfaceIndex(5))
   }
 
+  @Test func theSnapshotHasRulesWiresAndEncapsulations() throws {
+    let plan = try plan()
+    let snapshot = try plan.snapshot(
+      version: 1, tables: plan.domains.map { MACTable(macsMax: $0.macsMax) }, mtuBytes: [1_500, 1_500, 1_500, 1_500])
+    // A view lives as long as its snapshot.
+    try withExtendedLifetime(snapshot) {
+      let view = snapshot.view
+      #expect(view.kind(of: InterfaceIndex(3)) == .passthrough)
+      #expect(view.wire(of: InterfaceIndex(3)) == InterfaceIndex(2))
+      #expect(view.domain(ofPort: InterfaceIndex(0)) == DomainIndex(0))
+      let peer = try #require(UnderlayAddress("10.99.0.2"))
+      let relay = try #require(UnderlayAddress("10.99.0.3"))
+      #expect(
+        view.carrier(source: peer, encapsulation: .vnetp, vni: 0) == .link(InterfaceIndex(4), DomainIndex(0)))
+      #expect(view.carrier(source: peer, encapsulation: .vxlan, vni: 42) == .unknownVNI)
+      #expect(
+        view.carrier(source: relay, encapsulation: .vxlan, vni: 43) == .link(InterfaceIndex(5), DomainIndex(1)))
+      #expect(view.mayLeaveByLinks(from: InterfaceIndex(5)) && !view.mayLeaveByLinks(from: InterfaceIndex(4)))
+      // The rules: anything to the guest goes to its port; what it sends elsewhere goes over the link.
+      func targets(_ source: UInt64, _ destination: UInt64, from ingress: Int) -> [InterfaceIndex]? {
+        view.routeSet(
+          domain: DomainIndex(0), source: source, destination: destination, ingress: InterfaceIndex(ingress)
+        ).map { Array($0) }
+      }
+      #expect(targets(0x0200_0000_000b, 0x0200_0000_000a, from: 4) == [InterfaceIndex(0)])
+      #expect(targets(0x0200_0000_000a, 0xFFFF_FFFF_FFFF, from: 0) == [InterfaceIndex(4)])
+      #expect(targets(0x0200_0000_000a, 0xFFFF_FFFF_FFFF, from: 4) == nil, "the rule is for what comes from its port")
+      #expect(targets(0x0200_0000_000b, 0x0200_0000_000c, from: 4) == nil)
+    }
+  }
+
   @Test(arguments: [
     // Encapsulation, family, fragment, what fits without fragments under 1,500 bytes, what fits at all.
     ("vxlan", "10.99.0.2", "false", 1_450, 1_450), ("vxlan", "fd00::2", "false", 1_430, 1_430),

@@ -48,7 +48,6 @@ struct Draft {
     let ends = makeEnds(underlay, environment)
     checkLinksSharingDomains(ends)
     checkLinks()
-    checkQueues()
     checkMTUs()
     let routes = makeRoutes()
     guard reader.errors.isEmpty else { throw ConfigurationErrors(errors: reader.errors) }
@@ -238,14 +237,6 @@ extension Draft {
   func forwarding(of domain: String) -> Configuration.Forwarding? {
     domains.first { $0.string("name") == domain }?.string("forwarding").flatMap(
       Configuration.Forwarding.init(rawValue:))
-  }
-
-  /// A packet socket has no queues to share.
-  private mutating func checkQueues() {
-    for fields in ports where fields.string("kind") == Configuration.PortKind.packet.rawValue {
-      guard let queues = fields.integer("queues"), queues > 1 else { continue }
-      reader.report(fields.place(of: "queues"), "a packet port has one queue", "leave it out")
-    }
   }
 
   /// A VXLAN link takes less than VNET/P, whose limit is the table's.

@@ -218,7 +218,7 @@ public enum Schema {
       "The guest's MAC address, by which the VNET/P control language names an interface; no other port has it."),
     KeyDefinition(
       .port, "queues", .integer(1...queuesMax), default: .value(.integer(1)),
-      "How many queues the device has; each is read by one worker. A packet port has one."),
+      "How many queues the device has, or sockets share a packet port's flows; each is read by one worker."),
     KeyDefinition(
       .port, "mtu", .integer(mtuBytesMin...mtuBytesMax),
       default: .derived(
