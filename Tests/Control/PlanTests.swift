@@ -113,9 +113,15 @@ import Testing
       #expect(view.mayLeaveByLinks(from: InterfaceIndex(5)) && !view.mayLeaveByLinks(from: InterfaceIndex(4)))
       // The rules: anything to the guest goes to its port; what it sends elsewhere goes over the link.
       func targets(_ source: UInt64, _ destination: UInt64, from ingress: Int) -> [InterfaceIndex]? {
-        view.routeSet(
-          domain: DomainIndex(0), source: source, destination: destination, ingress: InterfaceIndex(ingress)
-        ).map { Array($0) }
+        var router = Router(view)
+        let decision = router.decide(
+          source: source, destination: destination, ingress: InterfaceIndex(ingress), domain: DomainIndex(0),
+          now: TurnClock(seconds: 1))
+        return switch decision.action {
+        case .unicast(let target): [target]
+        case .flood(let targets): Array(targets)
+        case .drop: nil
+        }
       }
       #expect(targets(0x0200_0000_000b, 0x0200_0000_000a, from: 4) == [InterfaceIndex(0)])
       #expect(targets(0x0200_0000_000a, 0xFFFF_FFFF_FFFF, from: 0) == [InterfaceIndex(4)])

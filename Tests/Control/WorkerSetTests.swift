@@ -40,8 +40,6 @@ private func text(_ workers: WorkerSet) -> [String] { workers.workers.map { "\($
     StageCase([0], [1], [0], ["0 rx+tx", "1 route"], [0: [1]], [1: [0]]),
     StageCase([3], [3], [3], ["3 rx+route+tx"], [0: [0]], [0: [0]]),
     StageCase([0, 1], [0, 1], [0, 1], ["0 rx+route+tx", "1 rx+route+tx"], [0: [0], 1: [1]], [0: [0], 1: [1]]),
-    // A receiver without routing beside one that routes its own: nobody routes who does not receive.
-    StageCase([0, 1], [0], [2], ["0 rx+route", "1 rx", "2 tx"], [0: [0], 1: [0]], [0: [2]]),
     // A router that does not receive takes from the receiver that does not route.
     StageCase(
       [0, 1], [0, 2], [3], ["0 rx+route", "1 rx", "2 route", "3 tx"], [0: [0], 1: [2]], [0: [3], 2: [3]]),
@@ -58,6 +56,19 @@ private func text(_ workers: WorkerSet) -> [String] { workers.workers.map { "\($
     for (receiver, expected) in given.routers { #expect(workers.routers(ofReceiver: receiver) == expected) }
     for (router, expected) in given.transmitters { #expect(workers.transmitters(ofRouter: router) == expected) }
     #expect(workers.idleStages.isEmpty)
+    #expect(workers.deadEnds.isEmpty)
+  }
+
+  @Test(arguments: [
+    // A receiver without routing beside one that routes its own: nobody routes who does not receive.
+    ([0, 1], [0], [2], ["1 rx to route"]),
+    ([0], [1, 2], [1], ["2 route to tx"]),
+  ])
+  func aStageWhoseFramesHaveNowhereToGoIsFound(
+    _ receive: [Int], _ route: [Int], _ transmit: [Int], _ expected: [String]
+  ) {
+    let workers = WorkerSet(receive: receive, route: route, transmit: transmit)
+    #expect(workers.deadEnds.map { "\(workers.workers[$0.worker].cpu) \($0.role) to \($0.next)" } == expected)
   }
 
   @Test(arguments: [

@@ -161,7 +161,7 @@ private struct SleepingIO: ~Copyable, WorkerIO {
     "frames go through workers on threads of their own, in order, none is lost and no wake-up is forgotten",
     arguments: [
       [Roles.receive, .route, .transmit], [[.receive, .route], .transmit], [.receive, [.route, .transmit]],
-      [.receive, .route, .transmit, .transmit],
+      [.receive, .route, .transmit, .transmit], [[.receive, .transmit], .route],
     ], [Dispatch.Mode.guestDriven, .adaptive])
   func threads(roles: [Roles], mode: Dispatch.Mode) throws {
     let ports = 3

@@ -31,6 +31,8 @@ final class SimulatedHost {
       [.receive, .route, .transmit],
       [[.receive, .route], .transmit], [.receive, [.route, .transmit]],
       [.receive, .receive, .route, .transmit, .transmit], [.receive, .route, .route, .transmit],
+      [[.receive, .transmit], .route], [[.receive, .transmit], [.receive, .transmit], .route],
+      [[.receive, .route], [.route, .transmit], .receive, .transmit],
     ]
 
     static func mixture(_ random: inout SimulatedRandom) -> Plan {

@@ -72,6 +72,13 @@ extension Draft {
     guard checkUsable(cpus.all, allowed: allowed, online: environment.cpusOnline(), at: place) else { return nil }
     if case .stages(let receive, let route, let transmit) = cpus {
       let workers = WorkerSet(receive: receive, route: route, transmit: transmit)
+      for (worker, role, next) in workers.deadEnds {
+        reader.report(
+          place,
+          "\(role) on CPU \(workers.workers[worker].cpu) would have nobody to hand frames to: each CPU that runs "
+            + "\(next) runs \(role) too, and is busy with its own",
+          "give \(next) a CPU without \(role), or run \(next) on that CPU too")
+      }
       for (worker, role) in workers.idleStages {
         let before = role == .route ? Roles.receive : .route
         reader.report(

@@ -56,6 +56,12 @@ struct WorkerSet: Equatable, Sendable {
       + transmitters.filter { !fedTransmitters.contains($0) }.map { ($0, .transmit) }
   }
 
+  /// The stages whose frames would have nowhere to go, as `(worker, role, next)`.
+  var deadEnds: [(worker: Int, role: Roles, next: Roles)] {
+    receivers.filter { routers(ofReceiver: $0).isEmpty }.map { ($0, .receive, .route) }
+      + routers.filter { transmitters(ofRouter: $0).isEmpty }.map { ($0, .route, .transmit) }
+  }
+
   /// The workers with several stages, in words: `route and tx share CPU 1`.
   var sharedCPUs: [String] {
     workers.filter { $0.roles.rawValue.nonzeroBitCount > 1 }

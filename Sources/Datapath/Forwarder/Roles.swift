@@ -19,14 +19,12 @@ public struct Roles: OptionSet, BitwiseCopyable, Hashable, Sendable {
     next(.route, .transmit, worker, workers)
   }
 
-  /// Itself, if it has the next stage too; else every worker that has the next stage and not this one, and so nothing
-  /// of its own to do there; else, where there are none of those, every worker that has the next stage.
+  /// Itself, if it has the next stage too; else every worker that has the next stage and not this one. So frames go from
+  /// receivers to those that only route, to those that only send, and never in a circle: a drain goes the same way.
   private static func next(_ stage: Roles, _ following: Roles, _ worker: Int, _ workers: [Roles]) -> [Int] {
     guard workers[worker].contains(stage) else { return [] }
     if workers[worker].contains(following) { return [worker] }
-    let all = workers.indices.filter { workers[$0].contains(following) }
-    let free = all.filter { !workers[$0].contains(stage) }
-    return free.isEmpty ? all : free
+    return workers.indices.filter { workers[$0].contains(following) && !workers[$0].contains(stage) }
   }
 }
 

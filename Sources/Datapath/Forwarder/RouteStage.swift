@@ -16,15 +16,6 @@ struct RouteStage: ~Copyable {
 
   mutating func adopt(_ view: SnapshotView) { router.adopt(view) }
 
-  /// As below, with a clock that shows whole seconds: floods are then limited by the second.
-  @inline(__always)
-  mutating func route(
-    _ descriptor: Descriptor, nowSeconds: UInt32, _ memory: inout FrameMemory, _ counters: borrowing CounterTable,
-    into batch: inout RoutedBatch
-  ) {
-    route(descriptor, now: TurnClock(seconds: nowSeconds), &memory, counters, into: &batch)
-  }
-
   /// Routes one frame; appends it to `batch`, which has room, or drops it.
   @inline(__always)
   mutating func route(

@@ -135,6 +135,13 @@ public struct Joints: ~Copyable {
     comesBack = Inlets()
   }
 
+  /// Whether neighbours hand frames on to this worker.
+  var hasInlets: Bool { fromReceivers.count + fromRouters.count > 0 }
+
+  /// Whether frames wait on the rings to this worker.
+  @inline(__always)
+  mutating func haveFrames() -> Bool { !fromReceivers.isEmpty() || !fromRouters.isEmpty() }
+
   /// A worker of the fused layout: it has no neighbours.
   public static func alone(waker: Int32) -> Joints {
     Joints(number: 0, roles: .all, bell: Bell(waker: waker), batchFrames: 1, holdBackMax: 0)
@@ -201,6 +208,8 @@ struct Inlets<Element: BitwiseCopyable & Sendable>: ~Copyable {
   init() { rings = OwnedArray(capacity: Joints.neighboursMax) }
 
   mutating func append(_ ring: consuming SPSCRing<Element>.Consumer) { rings.append(ring) }
+
+  var count: Int { rings.count }
 
   /// Items that all rings together hold.
   var capacity: Int {

@@ -42,7 +42,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   private var dispatch: Dispatch
   private var wait = Wait.sweep
   private var wasPolling = false
-  private var nowSeconds: UInt32 = 1
+  private var clock = TurnClock(nanoseconds: 0)
   private let startNanoseconds: UInt64
 
   private var commands: SPSCRing<Command>.Consumer
@@ -53,7 +53,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   /// Slots that were still posted after the last receive ended, at the end of a drain.
   private var slotsNotTakenBack = 0
 
-  private enum State { case running, draining, drained, stopped }
+  private enum State { case running, draining, drained, stopping, stopped }
 
   /// The sends that wait or are out, as `audit` counted them last.
   private struct InFlight: ~Copyable {
@@ -92,7 +92,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     slotsBack = Batch(capacity: hasNeighbours ? Self.eventsMax : 0, filler: 0)
     self.joints = joints
     receive = ReceiveStage(sourceCount: settings.sources, postedMax: settings.postedSlots)
-    route = RouteStage(view)
+    route = RouteStage(view, domainCount: settings.domains)
     transmit = TransmitStage(laneCount: settings.lanes, operationCount: settings.operations)
     commands = mailbox.commands.makeConsumer()
     reports = mailbox.reports.makeProducer()
@@ -139,7 +139,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     // 3.
     if roles.contains(.route) {
       for place in 0..<received.count {
-        route.route(received[place], nowSeconds: nowSeconds, &memory, counters, into: &routed)
+        route.route(received[place], now: clock, &memory, counters, into: &routed)
       }
     }
     if !roles.contains(.transmit) { handOnRouted() }
@@ -160,7 +160,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   public mutating func bring(_ descriptor: Descriptor) {
     counters.countIn(descriptor)
     routed.removeAll()
-    route.route(descriptor, nowSeconds: nowSeconds, &memory, counters, into: &routed)
+    route.route(descriptor, now: clock, &memory, counters, into: &routed)
     send()
   }
 
@@ -178,7 +178,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   /// full socket may hold on to.
   @inline(__always)
   private var canHoldBack: Bool {
-    if roles.contains(.receive) { return memory.freeSlots > receive.postedMax }
+    if roles.contains(.receive) && memory.freeSlots <= receive.postedMax { return false }
     for neighbour in 0..<memory.neighbourCount where memory.takenCount(of: neighbour) > joints.holdBackMax {
       return false
     }
@@ -192,12 +192,12 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   @inline(__always)
   private mutating func collect() {
     var wait = wait
-    // A receiver is woken by its neighbours only when it lacks slots.
-    guard roles != .all, wait != .sweep, !roles.contains(.receive) || memory.postedCount < receive.postedMax else {
+    // Who has no frames to expect from neighbours is woken by them only when it lacks slots.
+    guard roles != .all, wait != .sweep, joints.hasInlets || memory.postedCount < receive.postedMax else {
       return io.collect(wait, &memory, into: &events)
     }
     joints.bell.hang()
-    if !joints.fromReceivers.isEmpty() || !joints.fromRouters.isEmpty() || !joints.comesBack.isEmpty() { wait = .sweep }
+    if joints.haveFrames() || !joints.comesBack.isEmpty() { wait = .sweep }
     io.collect(wait, &memory, into: &events)
     joints.bell.takeDown()
   }
@@ -207,18 +207,26 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     slotsBack.removeAll()
     joints.comesBack.take(slotsBack.capacity, into: &slotsBack)
     for place in 0..<slotsBack.count { memory.comeBack(Int(slotsBack[place])) }
-    guard !roles.contains(.receive) else {
-      if !roles.contains(.route) { handOnReceived() }
-      return
-    }
-    joints.fromReceivers.take(joints.batchFrames, into: &received)
-    for place in 0..<received.count {
-      memory.takeOver(received[place].buffer)
-      counters.countTakenOver(received[place])
+    if roles.contains(.receive) && !roles.contains(.route) {
+      handOnReceived()
+    } else {
+      joints.fromReceivers.take(joints.batchFrames, into: &received)
+      if joints.hasInlets { takeOverReceived() }
     }
     joints.fromRouters.take(joints.batchFrames, into: &routed)
+    takeOverRouted()
+  }
+
+  private mutating func takeOverReceived() {
+    for place in 0..<received.count {
+      received[place].buffer = memory.takeOver(received[place].buffer, by: joints.number)
+      counters.countTakenOver(received[place])
+    }
+  }
+
+  private mutating func takeOverRouted() {
     for place in 0..<routed.count {
-      memory.takeOver(routed[place].descriptor.buffer)
+      routed[place].descriptor.buffer = memory.takeOver(routed[place].descriptor.buffer, by: joints.number)
       counters.countTakenOver(routed[place].descriptor)
     }
   }
@@ -290,7 +298,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   @inline(__always)
   private mutating func settle(isIdle: Bool) {
     let now = io.now()
-    nowSeconds = UInt32(truncatingIfNeeded: (now &- startNanoseconds) / 1_000_000_000 &+ 1)
+    clock = TurnClock(nanoseconds: now &- startNanoseconds)
     count()
     if state != .running { return drainFurther(now) }
     let (wait, yields) = dispatch.next(now: now, frames: frames, didWork: !isIdle)
@@ -304,7 +312,10 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
 
   /// Frames that this turn was about.
   @inline(__always)
-  private var frames: Int { roles.isDisjoint(with: [.receive, .route]) ? routed.count : received.count }
+  private var frames: Int {
+    if roles.contains(.route) { return received.count }
+    return (roles.contains(.receive) ? received.count : 0) + (roles.contains(.transmit) ? routed.count : 0)
+  }
 
   @inline(__always)
   private mutating func count() {
@@ -346,8 +357,8 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
         if !roles.contains(.route) { sendWhatIsOnRings() }
         report(.adopted(version: view.version))
       case .audit: report(.audited(audit()))
-      case .drain: beginDrain()
-      case .stop: stop()
+      case .drain: if state == .running { beginDrain(.draining) }
+      case .stop: beginDrain(.stopping)
       }
     }
   }
@@ -361,43 +372,38 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
       joints.fromRouters.take(left, into: &routed)
       guard routed.count > 0 else { return }
       left -= routed.count
-      for place in 0..<routed.count {
-        memory.takeOver(routed[place].descriptor.buffer)
-        counters.countTakenOver(routed[place].descriptor)
-      }
+      takeOverRouted()
       send()
     }
   }
 
-  private mutating func beginDrain() {
-    guard state == .running else { return }
-    state = .draining
+  /// Ends all receives, and allows a second to those whose frames wait: `next` is where that ends.
+  private mutating func beginDrain(_ next: State) {
+    state = next
     drainStart = io.now()
     for source in 0..<receive.sourceCount where !receive.isWaker(source) { _ = receive.close(source, &io) }
   }
 
-  /// Receives have been cancelled; what is there is handed on or sent, until none is left or the time is up.
+  /// What is there is handed on or sent, until none is left or the time is up.
   private mutating func drainFurther(_ now: UInt64) {
     wait = .atMost(nanoseconds: 1_000_000)
-    guard state == .draining else { return }
-    let isLate = now &- drainStart > Self.drainNanosecondsMax
-    let isEmpty = joints.fromReceivers.isEmpty() && joints.fromRouters.isEmpty()
-    guard receive.openCount == 0 && transmit.inFlight == 0 && isEmpty || isLate else { return }
-    state = .drained
-    report(.drained)
+    guard state != .drained else { return }
+    let isEmpty = receive.openCount == 0 && transmit.inFlight == 0 && !joints.haveFrames()
+    // Whoever stops last waits for its slots: the others have stopped.
+    let isDone = isEmpty && (state == .draining || memory.handedOnCount == 0)
+    guard isDone || now &- drainStart > Self.drainNanosecondsMax else { return }
+    if state == .draining {
+      state = .drained
+      report(.drained)
+    } else {
+      finish()
+    }
   }
 
-  private mutating func stop() {
+  private mutating func finish() {
     for lane in 0..<transmit.laneCount { _ = transmit.beginClose(lane, .dropStopped, &io, &memory, counters) }
     giveBack()
-    slotsBack.removeAll()
-    while roles != .all, !joints.comesBack.isEmpty() {
-      slotsBack.removeAll()
-      joints.comesBack.take(slotsBack.capacity, into: &slotsBack)
-      for place in 0..<slotsBack.count { memory.comeBack(Int(slotsBack[place])) }
-    }
-    // With no receive left the kernel has no slot left either, and neighbours have stopped: a slot that does not come
-    // back now was lost.
+    // With no receive left the kernel has no slot left either: one that does not come back now was lost.
     if receive.openCount == 0 { io.takeBackSlots(&memory) }
     slotsNotTakenBack = (receive.openCount == 0 ? memory.postedCount : 0) + memory.handedOnCount
     report(.audited(audit()))

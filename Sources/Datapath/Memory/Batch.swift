@@ -23,8 +23,14 @@ public struct Batch<Element: BitwiseCopyable>: ~Copyable {
 
   @inlinable
   public subscript(index: Int) -> Element {
-    precondition(index < used, "index out of range")
-    return items[index]
+    _read {
+      precondition(index < used, "index out of range")
+      yield items[index]
+    }
+    _modify {
+      precondition(index < used, "index out of range")
+      yield &items[index]
+    }
   }
 
   @inlinable

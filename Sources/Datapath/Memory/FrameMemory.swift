@@ -208,11 +208,18 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
     return buffer
   }
 
-  /// Takes over what a neighbour handed on: it is held once.
+  /// Takes over what a neighbour handed on to worker `own`, this one: it is held once. Returns its name here: it may be
+  /// a slot of one's own that was handed on and comes back routed.
   @inline(__always)
-  public mutating func takeOver(_ buffer: BufferReference) {
+  public mutating func takeOver(_ buffer: BufferReference, by own: Int) -> BufferReference {
     guard let number = neighbour(buffer) else { preconditionFailure("no neighbour's slot is taken over") }
+    if number == own {
+      precondition(handedOnCount > 0, "a slot came back that was not handed on")
+      handedOnCount -= 1
+      return BufferReference(slot: Int(buffer.index))
+    }
     neighbours[number].takenCount += 1
+    return buffer
   }
 
   /// A slot of one's own came back from a neighbour.
