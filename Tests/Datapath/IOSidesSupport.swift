@@ -165,7 +165,8 @@ struct DatagramPath {
 
   init(_ text: String = "127.0.0.1") throws {
     address = UnderlayAddress(text)!
-    receiver = try UnderlaySocket.receive(on: address, port: 0, encapsulation: .vxlan, isShared: false, bufferBytes: 1 << 20)
+    receiver = try UnderlaySocket.receive(
+      on: address, port: 0, encapsulation: .vxlan, isShared: false, bufferBytes: 1 << 20)
     var name = sockaddr_in6()
     var length = socklen_t(MemoryLayout<sockaddr_in6>.size)
     let descriptor = receiver
