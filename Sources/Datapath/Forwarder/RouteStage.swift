@@ -114,7 +114,7 @@ struct RouteStage: ~Copyable {
     if descriptor.length < UInt32(EthernetHeader.bytes) {
       return dropUnidentified(.dropShortHeader, descriptor, &memory, counters)
     }
-    if Self.isPlainlyVXLAN(memory.head(of: descriptor)) {
+    if VNETPFrame.looksLikeVXLAN(memory.head(of: descriptor)) {
       return dropUnidentified(.dropWrongEncapsulation, descriptor, &memory, counters)
     }
     // The peer is known, but by a VXLAN link.
@@ -125,16 +125,6 @@ struct RouteStage: ~Copyable {
     descriptor.domain = domain
     counters.countIn(descriptor)
     return true
-  }
-
-  /// Whether a datagram begins with a VXLAN header that has the I flag and nothing else but a VNI (RFC 7348 section 5),
-  /// with room for a frame behind it. As a frame it would go to 08:00:00:00:xx:xx.
-  @inline(__always)
-  private static func isPlainlyVXLAN(_ datagram: RawSpan) -> Bool {
-    guard datagram.byteCount >= VXLANHeader.bytes + EthernetHeader.bytes, let header = VXLANView(datagram) else {
-      return false
-    }
-    return header.hasVNI && header.reservedBitsAreZero
   }
 
   /// Drops a datagram that is no link's; always false.

@@ -23,9 +23,8 @@ public enum VNETPFrame {
   public static var mtuBytesMaxIPv6: Int { 0xffff - UDPHeader.bytes - EthernetHeader.bytes }
 
   /// Whether a datagram begins as VXLAN does, sent to the wrong port: the I flag and no other, reserved bits zero
-  /// (RFC 7348 §5), and room for a frame behind. As a frame it would go to a MAC address that begins 08:00:00:00 from
-  /// one whose second byte is zero: such a destination exists, if rarely, so ask only where something is wrong already
-  /// or a link says that it may.
+  /// (RFC 7348 §5), and room for a frame behind. As a frame it would go to 08:00:00:00:xx:xx, from an address whose
+  /// second byte is zero.
   @inlinable @inline(always)
   public static func looksLikeVXLAN(_ datagram: RawSpan) -> Bool {
     guard datagram.byteCount >= VXLANHeader.bytes &+ EthernetHeader.bytes else { return false }
