@@ -93,8 +93,8 @@ struct IOSidesPacketTests {
         let (descriptor, drop) = bench.describe(event)
         #expect(drop == nil)
         #expect(descriptor.wireFrames == 3)
-        #expect(descriptor.offload.segmentationType == OffloadHeader.Segmentation.tcpv4.rawValue)
-        #expect(descriptor.offload.segmentBytes == 1_000)
+        #expect(descriptor.offload.gsoType == OffloadHeader.Segmentation.tcpv4.rawValue)
+        #expect(descriptor.offload.gsoSize == 1_000)
         #expect(descriptor.offload.checksumStart == header.checksumStart)
         #expect(descriptor.offload.checksumOffset == 16)
         let held = bench.bytes(descriptor)
@@ -102,7 +102,7 @@ struct IOSidesPacketTests {
 
         // The device has no offloads: the kernel cuts what is sent by it, by the header that is sent with it.
         bench.io.openLane(0, .packet, descriptor: packet.queues[0])
-        bench.send(0, .packet, [frame], header: PacketPort.header(for: descriptor))
+        bench.send(0, .packet, [frame], header: TapPort.header(descriptor.offload))
         let sent = bench.collect(1, .sent)
         #expect(sent.first?.count == 1 && sent.first?.error == 0)
         let segments = device.take(3)
@@ -368,7 +368,7 @@ struct IOSidesPacketTests {
     expected.insert(contentsOf: FrameMaker().ethernet(0).tagged(tag).bytes[12..<16], at: 12)
     #expect(bytes == expected)
     #expect(descriptor.offload.checksumStart == header.checksumStart + 4)
-    #expect(descriptor.offload.headerBytes == header.headerLength + 4)
+    #expect(descriptor.offload.headerLength == header.headerLength + 4)
     #expect(descriptor.wireFrames == 3)
   }
 
@@ -394,14 +394,14 @@ struct IOSidesPacketTests {
   func header() throws {
     let (header, frame) = makeSuperFrame(isTagged: false)
     let (descriptor, _, _) = try describe(header, frame)
-    let out = PacketPort.header(for: descriptor)
+    let out = TapPort.header(descriptor.offload)
     var words = [out.first, out.second]
     let bytes = unsafe words.withUnsafeMutableBytes { unsafe Array($0.prefix(Int(out.count))) }
     var expected = [UInt8](repeating: 0, count: OffloadHeader.bytes)
     _ = expected.withMutableRawBytes { header.write(into: &$0) }
     #expect(bytes == expected)
     let plain = Descriptor(buffer: BufferReference(slot: 0), offset: 0, length: 60, ingress: .none)
-    let none = PacketPort.header(for: plain)
+    let none = TapPort.header(plain.offload)
     #expect(none.first == 0 && none.second == 0 && none.count == 12)
   }
 }

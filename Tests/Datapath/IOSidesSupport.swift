@@ -165,7 +165,8 @@ struct DatagramPath {
 
   init(_ text: String = "127.0.0.1") throws {
     address = UnderlayAddress(text)!
-    receiver = try UnderlaySocket.receive(on: address, port: 0, isShared: false, bufferBytes: 1 << 20)
+    receiver = try UnderlaySocket.receive(
+      on: address, port: 0, encapsulation: .vxlan, isShared: false, bufferBytes: 1 << 20)
     var name = sockaddr_in6()
     var length = socklen_t(MemoryLayout<sockaddr_in6>.size)
     let descriptor = receiver
@@ -176,7 +177,7 @@ struct DatagramPath {
     }
     // The port stands at the same place in both families' addresses.
     sender = try UnderlaySocket.transmit(
-      from: address, to: address, port: UInt16(bigEndian: name.sin6_port), spread: Int(getpid()),
+      from: address, to: address, port: UInt16(bigEndian: name.sin6_port), spread: Int(getpid()), fragments: false,
       bufferBytes: 1 << 20)
   }
 
