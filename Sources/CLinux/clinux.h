@@ -141,7 +141,7 @@ static inline unsigned long long clinux_epoll_key(const struct epoll_event *even
 // Waits at most so long; ENOSYS before Linux 5.11.
 static inline int clinux_epoll_wait_nanoseconds(int epoll, struct epoll_event *events, int room, long nanoseconds) {
   struct timespec limit = {nanoseconds / 1000000000, nanoseconds % 1000000000};
-  return (int)syscall(CLINUX_SYS_EPOLL_PWAIT2, epoll, events, room, &limit, NULL, 0);
+  return (int)syscall(CLINUX_SYS_EPOLL_PWAIT2, epoll, events, room, &limit, NULL, (size_t)0);
 }
 
 // ---- Packet sockets: options that older headers lack, and structures that Swift cannot fill ----
