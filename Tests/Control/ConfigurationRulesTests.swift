@@ -319,8 +319,8 @@ let soundRules = """
         + "route=1 tx=2\", or use \"auto\""),
     Mistake(
       "\"rx=0,1 route=2 tx=3\"", "\"rx=0 route=0,1 tx=1\"",
-      "tuning.cpus: route on CPU 1 would get no frames: each CPU that runs rx runs route too, and keeps its frames; "
-        + "take that CPU out of route, or give rx a CPU without route"),
+      "tuning.cpus: route on CPU 0 would have nobody to hand frames to: each CPU that runs tx runs route too, and is "
+        + "busy with its own; give tx a CPU without route, or run tx on that CPU too"),
     Mistake(
       "\"rx=0,1 route=2 tx=3\"", "\"rx=0 route=1 tx=1,2\"",
       "tuning.cpus: tx on CPU 2 would get no frames: each CPU that runs route runs tx too, and keeps its frames; take "

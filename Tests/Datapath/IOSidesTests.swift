@@ -402,15 +402,16 @@ import Testing
         #expect(ended.first?.error == ENOBUFS)
         path.sendPlainly([2])
         _ = bench.collectRest()
-        // Waits last as long as they are told to, however busy the machine is; but for one or two that are cut short
-        // (EINTR) where this thread had a ring before, whose end is still being worked at.
-        let start = bench.io.now()
+        // A wait may be cut short (EINTR) where this thread had a ring before, whose end is still being worked at; with
+        // something that keeps it awake none would last.
+        var longest: UInt64 = 0
         for _ in 0..<10 {
+          let start = bench.io.now()
           let silence = bench.collect(.atMost(nanoseconds: 5_000_000))
           #expect(silence.isEmpty)
+          longest = max(longest, bench.io.now() - start)
         }
-        let waited = bench.io.now() - start
-        #expect(waited >= 25_000_000)
+        #expect(longest >= 4_000_000)
         bench.io.closeSource(0)
       }
     }

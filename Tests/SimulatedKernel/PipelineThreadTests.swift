@@ -219,7 +219,11 @@ private struct SleepingIO: ~Copyable, WorkerIO {
           if !checkers[port].problems.isEmpty { problems.add(checkers[port].problems) }
         }
       }
-      seat.beforeTurn = look
+      let inject = seat.beforeTurn
+      seat.beforeTurn = {
+        inject()
+        look()
+      }
     }
     for seat in seats { seat.start() }
 

@@ -79,7 +79,7 @@ extension Draft {
             + "\(next) runs \(role) too, and is busy with its own",
           "give \(next) a CPU without \(role), or run \(next) on that CPU too")
       }
-      for (worker, role) in workers.idleStages {
+      for (worker, role) in workers.deadEnds.isEmpty ? workers.idleStages : [] {
         let before = role == .route ? Roles.receive : .route
         reader.report(
           place,

@@ -669,7 +669,15 @@ public final class Service {
     let reassemblyFailures = UnderlaySocket.reassemblyFailures() - reassemblyFailuresBefore
     rows[0].values[Counter.reassemblyFailures.rawValue] = UInt64(max(0, reassemblyFailures))
     for (number, port) in plan.ports.enumerated() {
-      rows.append(.init(.port, port.name, interfaceCounters.map { $0[plan.interface(port: number).index] }))
+      var row = CounterReport.Row(
+        .port, port.name, interfaceCounters.map { $0[plan.interface(port: number).index] })
+      if case .packet(let device) = ports[number].device {
+        for queue in device.queues {
+          ports[number].receiveBufferDrops += PacketDevice.dropsSinceLastRead(queue)
+        }
+      }
+      row.values[Counter.receiveBufferDrops.rawValue] = UInt64(ports[number].receiveBufferDrops)
+      rows.append(row)
     }
     for (number, link) in plan.links.enumerated() {
       rows.append(.init(.link, link.name, interfaceCounters.map { $0[plan.interface(link: number).index] }))

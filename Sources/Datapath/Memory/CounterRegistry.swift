@@ -187,8 +187,9 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
 
     case .receiveBufferDrops:
       define(
-        "receive_buffer_drops", [.underlay],
-        "Datagrams that the kernel dropped because a receive buffer was full: not among in_frames.", unit: "datagrams")
+        "receive_buffer_drops", [.underlay, .port],
+        "Datagrams, or frames of a packet port, that the kernel dropped because a socket's receive buffer was full: "
+          + "not among in_frames.", unit: "datagrams or frames")
     case .reassemblyFailures:
       define(
         "reassembly_failures", [.underlay],
@@ -208,7 +209,10 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
         "mac_limit_frames", [.domain], "Frames (forwarded) whose source was not learned: the table is at its limit.")
     case .macsAged: define("macs_aged", [.domain], "MAC addresses removed because they were silent.", unit: "addresses")
 
-    case .enters: define("enters", [.worker], "Calls of io_uring_enter.", unit: "calls")
+    case .enters:
+      define(
+        "enters", [.worker], "Calls into the kernel: io_uring_enter, or every system call with io = \"syscalls\".",
+        unit: "calls")
     case .completions: define("completions", [.worker], "Completions handled.", unit: "completions")
     case .turns: define("turns", [.worker], "Turns of the run loop.", unit: "turns")
     case .sleeps: define("sleeps", [.worker], "Turns that slept in the kernel.", unit: "turns")
