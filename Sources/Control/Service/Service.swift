@@ -393,8 +393,8 @@ public final class Service {
         case .couldNotStart(let error):
           let remedy =
             error == EPERM || error == EACCES
-            ? "io_uring is forbidden here (kernel.io_uring_disabled, or a container's seccomp profile): allow it, or set "
-              + "tuning.io to \"auto\" or \"syscalls\""
+            ? "io_uring is forbidden here (kernel.io_uring_disabled, or a container's seccomp profile): allow it, or "
+              + "set tuning.io to \"auto\" or \"syscalls\""
             : error == ENOMEM && configuration.tuning.hugePages == .on
               ? "free huge pages (sysctl vm.nr_hugepages) or set tuning.huge_pages = \"auto\""
               : error == EINVAL ? "see that CPU \(worker.plan.cpu) may be used" : "run vnetr doctor"

@@ -19,8 +19,9 @@ public struct Roles: OptionSet, BitwiseCopyable, Hashable, Sendable {
     next(.route, .transmit, worker, workers)
   }
 
-  /// Itself, if it has the next stage too; else every worker that has the next stage and not this one. So frames go from
-  /// receivers to those that only route, to those that only send, and never in a circle: a drain goes the same way.
+  /// Itself, if it has the next stage too; else every worker that has the next stage and not this one. So frames go
+  /// from who receives to who routes but does not receive, and from there to who sends but does not route: a drain goes
+  /// the same way.
   private static func next(_ stage: Roles, _ following: Roles, _ worker: Int, _ workers: [Roles]) -> [Int] {
     guard workers[worker].contains(stage) else { return [] }
     if workers[worker].contains(following) { return [worker] }
