@@ -497,11 +497,12 @@ public final class Service {
   }
 
   /// What the path to a link's other end carries may change: a route does, or a router on the way told so (ICMP). The
-  /// kernel remembers it for the socket; workers then drop what is too big before they send it.
+  /// kernel remembers it for the destination; workers then drop what is too big before they send it.
   private func followPathMTU(_ link: Int) {
     let configured = plan.links[link]
-    guard !configured.fragments, let socket = links[link].sockets.joined().first,
-      let path = UnderlaySocket.pathMTUBytes(of: socket)
+    // A lookup of its own: what a socket remembers is only looked at again when it sends, which it may not any more.
+    guard !configured.fragments, !links[link].sockets.isEmpty, let local = plan.local(ofLink: link),
+      let path = UnderlaySocket.pathMTUBytes(from: local, to: configured.remote.address)
     else { return }
     let carried = plan.mtuBytesMax(link: link, underlayMTUBytes: path)
     guard carried != linkMTUBytesMax[link] else { return }
