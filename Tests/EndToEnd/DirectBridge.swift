@@ -25,7 +25,8 @@ extension EndToEnd {
 
     // MARK: - Passthrough
 
-    @Test("a TAP device wired to a NIC that takes super-frames carries TCP both ways", arguments: ["uring", "syscalls"])
+    @Test(
+      "a TAP device wired to a NIC that takes super-frames carries TCP both ways", arguments: ["uring", "syscalls"])
     func tapToNIC(io: String) throws {
       try withLab { lab in
         let host = try lab.hosts(2)[0]

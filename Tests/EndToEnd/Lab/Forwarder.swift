@@ -16,9 +16,11 @@ final class Forwarder {
   private var readCharacters = 0
 
   /// Starts it with these arguments of `vnetr run` and waits until it forwards.
-  init(on host: Host, _ arguments: [String], environment: [String: String] = [:]) throws {
+  init(
+    on host: Host, _ arguments: [String], environment: [String: String] = [:], through wrapper: [String] = []
+  ) throws {
     self.host = host
-    process = try Forwarder.start(on: host, arguments, environment: environment)
+    process = try Forwarder.start(on: host, arguments, environment: environment, through: wrapper)
     let hasStarted = eventually(within: 20) { !process.isRunning || isReady }
     guard hasStarted, process.isRunning else {
       throw LabError("\(process.commandLine): not ready, exit code \(exitCodeText)\n\(process.standardError)")

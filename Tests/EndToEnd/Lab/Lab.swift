@@ -100,6 +100,27 @@ final class Lab {
     return hosts
   }
 
+  /// Makes two hosts with a router between them, whose leg to the second host carries less than all other devices.
+  func hostsBehindRouter(mtu: Int, narrowMTU: Int) throws -> [Host] {
+    let router = try namespace("router")
+    try router.setKernelParameter("net.ipv4.ip_forward", "1")
+    // It answers for each host on the other's side, so that the hosts need no routes.
+    try router.setKernelParameter("net.ipv4.conf.all.proxy_arp", "1")
+    try router.ip("address", "add", "10.99.0.254/32", "dev", "lo")
+    return try (0..<2).map { index in
+      let host = Host(index: index, family: .ipv4, namespace: try namespace("host\(index)"))
+      let leg = "leg\(index)"
+      try router.ip(
+        "link", "add", leg, "mtu", "\(index == 1 ? narrowMTU : mtu)", "type", "veth",
+        "peer", "name", Host.underlayDevice, "mtu", "\(mtu)", "netns", host.namespace.name)
+      try router.ip("link", "set", leg, "up")
+      try router.ip("route", "add", host.address + "/32", "dev", leg)
+      try host.namespace.ip("address", "add", host.addressWithPrefix, "dev", Host.underlayDevice)
+      try host.namespace.ip("link", "set", Host.underlayDevice, "up")
+      return host
+    }
+  }
+
   /// Makes a guest that is plugged in nowhere yet. It speaks no IPv6, so that it sends what a test asks for and ARP.
   func guest(_ number: Int, name: String? = nil) throws -> Guest {
     let namespace = try namespace("guest" + (name ?? "\(number)"))
@@ -266,6 +287,13 @@ enum Obstacle {
       "ip", "link", "add", "link", devices[0], "name", devices[0] + ".7", "type", "vlan", "id", "7",
     ])
     return makes == nil || tags == nil ? "this kernel makes no VLAN devices" : nil
+  }()
+
+  static let toVirtualMachine: String? = {
+    let folder = EndToEnd.VirtualMachine.folder
+    let isThere = ["vmlinuz", "initrd"].allSatisfy { unsafe access("\(folder)/\($0)", R_OK) == 0 }
+    let runs = (try? execute(["qemu-system-x86_64", "--version"])) != nil
+    return isThere && runs ? nil : "there is no QEMU, or nothing for it to boot: `tools/setup --vm` gets both"
   }()
 
   static let toForwarder: String? = {

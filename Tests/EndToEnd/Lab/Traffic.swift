@@ -80,14 +80,14 @@ extension Guest {
 extension Guest {
   /// Sends numbered frames to another guest, in bursts that no queue on the way is too short for, and returns the
   /// numbers in the order in which they arrived.
-  func sendNumbered(_ count: Int, to other: Guest, tags: [(type: UInt16, id: UInt16)] = []) throws -> [UInt32] {
+  func sendNumbered(_ count: Int, to other: Guest, payloadBytes: Int = 46) throws -> [UInt32] {
     let sender = try PacketSocket(in: namespace)
     let receiver = try PacketSocket(in: other.namespace)
     let burst = 16
     var numbers: [UInt32] = []
     for first in stride(from: 0, to: count, by: burst) {
       for number in first..<min(first + burst, count) {
-        try sender.send(Frame.numbered(UInt32(number), to: other.mac, from: mac, tags: tags))
+        try sender.send(Frame.numbered(UInt32(number), to: other.mac, from: mac, payloadBytes: payloadBytes))
       }
       while numbers.count < min(first + burst, count), let frame = try receiver.receive(seconds: 2) {
         if let number = Frame.number(of: frame) { numbers.append(number) }
