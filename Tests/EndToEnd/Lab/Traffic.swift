@@ -96,8 +96,12 @@ extension Guest {
     return numbers + (try receiver.receiveNumbers(quietSeconds: 0.2))
   }
 
-  /// Sends bytes to another guest over a TCP connection and returns what arrived there.
-  func stream(_ bytes: [UInt8], to other: Guest) throws -> [UInt8] {
+  /// Sends random bytes to another guest over a TCP connection, and says whether the same arrived there.
+  /// - Parameter bytes: how many; by default a number that no segment size divides.
+  func carriesStream(to other: Guest, bytes count: Int = 1_000_003) throws -> Bool {
+    var random = SystemRandomNumberGenerator()
+    let words = (0...count / 8).map { _ in random.next() }
+    let bytes = Array(unsafe words.withUnsafeBytes { unsafe Array($0) }[..<count])
     let listener = try StreamListener(in: other.namespace, address: other.address)
     let sender = try StreamSocket(in: namespace, to: other.address, port: listener.port)
     let receiver = try listener.accept(seconds: 10)
@@ -111,7 +115,7 @@ extension Guest {
       return try receiver.receive(into: &received)
     }
     guard isWhole else { throw LabError("\(sent) of \(bytes.count) bytes sent, \(received.count) received") }
-    return received
+    return received == bytes
   }
 }
 
