@@ -177,6 +177,7 @@ extension EndToEnd {
     func superFramesLeaveByALinkAsSegments(encapsulation: String) throws {
       try withLab { lab in
         let hosts = try lab.hosts(2)
+        try lab.likeAWire(hosts[0])
         let near = try lab.cabledGuest(1, to: "nic", of: hosts[0])
         let a = try lab.node(
           hosts[0], NodeConfiguration(hosts[0], among: hosts, ports: [.packet("nic")], encapsulation: encapsulation),

@@ -168,7 +168,7 @@ final class Lab {
   ) throws -> Node {
     let forwarder = try Forwarder(on: host, configuration, flags: flags)
     let guests = try zip(configuration.ports.filter { $0.kind == "tap" }, numbers).map { port, number in
-      let guest = try guest(number, name: "\(host.index)-\(port.name)")
+      let guest = try guest(number, name: "\(number)-\(host.index)-\(port.name)")
       try plug(guest, into: port.name, of: host)
       return guest
     }
