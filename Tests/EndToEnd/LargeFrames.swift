@@ -56,6 +56,20 @@ extension EndToEnd {
       }
     }
 
+    @Test("an IPv6 underlay fragments too", arguments: ["vnetp", "vxlan"])
+    func fragmentsOverIPv6(encapsulation: String) throws {
+      try withLab { lab in
+        let hosts = try lab.hosts(2, family: .ipv6, mtu: 1500)
+        let nodes = try nodes(lab, hosts, encapsulation: encapsulation, mtu: 9000, fragment: true)
+        let (a, b) = (nodes[0].guests[0], nodes[1].guests[0])
+        #expect(try a.ping(b, payloadBytes: 8972, mayFragment: false).isComplete)
+        #expect(try a.tcp(to: b).receivedBytes > 16 << 20)
+        #expect(try a.carriesStream(to: b))
+        #expect(try b.checksumErrors() == [:])
+        try stopAll(nodes)
+      }
+    }
+
     @Test func aTrainOfFragmentsThatNeverCompletesIsCounted() throws {
       try withLab { lab in
         let hosts = try lab.hosts(2, mtu: 1500)

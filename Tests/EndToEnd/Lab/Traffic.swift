@@ -167,7 +167,8 @@ final class Capture {
   func stop() throws -> String {
     process.send(signal: SIGINT)
     guard process.wait(seconds: 10) == 0 else { throw LabError("\(process.commandLine): \(process.standardError)") }
-    return process.standardOutput
+    // It answers the signal with a line break.
+    return process.standardOutput.trimmingCharacters(in: .newlines)
   }
 
   /// What tcpdump says where it recomputed a checksum and found another; nothing when all are right.
