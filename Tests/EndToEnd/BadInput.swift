@@ -115,6 +115,48 @@ extension EndToEnd {
       }
     }
 
+    /// A datagram to the VNET/P port that must not reach a guest.
+    struct BadRawFrame: CustomTestStringConvertible {
+      let testDescription: String
+      let bytes: [UInt8]
+      let counter: String
+
+      static let all = [
+        BadRawFrame(
+          testDescription: "a VXLAN datagram", bytes: Frame.vxlan(vni: 42, inner: BadDatagram.goodFrame),
+          counter: "drop_wrong_encapsulation"),
+        BadRawFrame(testDescription: "an empty datagram", bytes: [], counter: "drop_short_header"),
+        BadRawFrame(
+          testDescription: "a frame shorter than an Ethernet header", bytes: Array(BadDatagram.goodFrame.prefix(13)),
+          counter: "drop_short_header"),
+      ]
+    }
+
+    @Test("a bad datagram at the VNET/P port is counted by its reason and goes nowhere", arguments: BadRawFrame.all)
+    func badRawFrame(frame: BadRawFrame) throws {
+      try withLab { lab in
+        let hosts = try lab.hosts(2)
+        let node = try lab.node(
+          hosts[0], NodeConfiguration(hosts[0], among: hosts, encapsulation: "vnetp"), guests: [1])
+        let ears = try PacketSocket(in: node.guests[0].namespace)
+        let stranger = "10.99.0.77"
+        try hosts[1].namespace.ip("address", "add", stranger + "/24", "dev", Host.underlayDevice)
+        let peer = try DatagramSocket(in: hosts[1].namespace, address: hosts[1].address)
+        let nobody = try DatagramSocket(in: hosts[1].namespace, address: stranger)
+        for _ in 0..<10 { try peer.send(frame.bytes, to: hosts[0].address, port: 9000) }
+        for _ in 0..<10 { try nobody.send(BadDatagram.goodFrame, to: hosts[0].address, port: 9000) }
+        let isCounted = try eventually {
+          let report = try node.forwarder.counters()
+          return report.total(frame.counter, .underlay) == 10 && report.total("drop_unknown_source", .underlay) == 10
+        }
+        #expect(isCounted)
+        #expect(try ears.receive(seconds: 0.3) == nil, "it was forwarded")
+        try peer.send(BadDatagram.goodFrame, to: hosts[0].address, port: 9000)
+        #expect(try ears.receives(number: 1))
+        try stopAll([node])
+      }
+    }
+
     @Test("reserved bits are ignored, or dropped where the link says so", arguments: ["ignore", "drop"])
     func reservedBits(choice: String) throws {
       try withLab { lab in
@@ -235,6 +277,18 @@ extension EndToEnd {
           (good.replacing("queues = 1", with: "queues = \"one\""), ["queues"]),
           (good + "\n[tuning]\ndispatch = \"sometimes\"\n", ["tuning.dispatch", "guest-driven"]),
           (good.replacing("[underlay]", with: "[underlay"), ["1"]),
+          (
+            good.replacing("remote =", with: "encapsulation = \"vnetp\"\ndomains = [\"blue\", \"red\"]\nremote =")
+              + "\n[[domain]]\nname = \"red\"\nvni = 43\n", ["link[0].domains", "vnetp", "one domain"]
+          ),
+          (
+            good.replacing("vni = 42", with: "vni = 42\nforwarding = \"routes\"")
+              + "\n[[route]]\nsource = \"any\"\ndestination = \"any\"\nto = \"port:vm9\"\n", ["route[0].to", "vm9"]
+          ),
+          (
+            good + "\n[[port]]\nname = \"nic\"\nkind = \"packet\"\n\n[[passthrough]]\na = \"nic\"\nb = \"vm1\"\n",
+            ["passthrough[0].b", "vm1", "domain"]
+          ),
         ]
         for (text, words) in cases {
           let file = try TemporaryText(text, suffix: ".toml")
@@ -260,6 +314,49 @@ extension EndToEnd {
         let process = try hosts[0].namespace.start([Forwarder.path!, "check", file.path])
         #expect(process.wait(seconds: 20) == 0, "\(process.standardError)")
         #expect(!host(hosts[0], startedAnything: process))
+      }
+    }
+
+    @Test(
+      "CPUs that may not be used are refused with the ones that may",
+      .enabled(if: cpusAllowed.count > 1, "needs two CPUs"), arguments: [false, true])
+    func cpusThatMayNotBeUsed(isThere: Bool) throws {
+      try withLab { lab in
+        let hosts = try lab.hosts(2)
+        let wanted = isThere ? "\(cpusAllowed[1])" : "999"
+        try expectFailure(
+          on: hosts[0], quickStart(hosts) + ["--cpus", wanted], through: ["taskset", "-c", "\(cpusAllowed[0])"],
+          says: ["cpus", "CPU \(wanted)", "\(cpusAllowed[0])"])
+      }
+    }
+
+    @Test func morePipelineStagesThanCPUsIsWarnedOfAndWorks() throws {
+      try withLab { lab in
+        let hosts = try lab.hosts(2)
+        let forwarder = try Forwarder(
+          on: hosts[0], quickStart(hosts) + ["--layout", "pipeline"],
+          through: ["taskset", "-c", "\(cpusAllowed[0])"])
+        let warnings = forwarder.process.standardError.split(separator: "\n").filter { $0.hasPrefix("WARN") }
+        #expect(warnings.contains { $0.contains("1 CPU may be used for 3 stages") }, "\(warnings)")
+        let guest = try lab.guest(1)
+        try lab.plug(guest, into: "vm1", of: hosts[0])
+        let (other, far) = try lab.forwarder(on: hosts[1], peer: hosts[0], guest: 2)
+        #expect(try guest.ping(far).isComplete)
+        try expectConservation(forwarder.stop())
+        try expectConservation(other.stop())
+      }
+    }
+
+    @Test func aPacketPortWhoseDeviceIsNotThereYetIsSaidAndTriedAgain() throws {
+      try withLab { lab in
+        let host = try lab.hosts(2)[0]
+        let node = try lab.node(
+          host, NodeConfiguration(ports: [.init(name: "vm1"), .packet("nic")]), guests: [1])
+        let warnings = node.forwarder.process.standardError.split(separator: "\n").filter { $0.hasPrefix("WARN") }
+        #expect(warnings.contains { $0.contains("nic") && $0.contains("retried") }, "\(warnings)")
+        let far = try lab.cabledGuest(2, to: "nic", of: host)
+        #expect(try eventually(within: 30) { try node.guests[0].ping(far, count: 1).isComplete })
+        try stopAll([node])
       }
     }
 

@@ -4,25 +4,6 @@ extension EndToEnd {
   /// Two hosts with a forwarder each, a guest behind each: what guests send arrives, whole, once and in order.
   @Suite(needsForwarder)
   struct CarriesTraffic {
-    /// Sends numbered frames one way, in bursts that no queue on the way is too short for.
-    private func sendNumbered(_ count: Int, from a: Guest, to b: Guest, tags: [(type: UInt16, id: UInt16)] = []) throws
-      -> [UInt32]
-    {
-      let sender = try PacketSocket(in: a.namespace)
-      let receiver = try PacketSocket(in: b.namespace)
-      let burst = 16
-      var numbers: [UInt32] = []
-      for first in stride(from: 0, to: count, by: burst) {
-        for number in first..<min(first + burst, count) {
-          try sender.send(Frame.numbered(UInt32(number), to: b.mac, from: a.mac, tags: tags))
-        }
-        while numbers.count < min(first + burst, count), let frame = try receiver.receive(seconds: 2) {
-          if let number = Frame.number(of: frame) { numbers.append(number) }
-        }
-      }
-      return numbers + (try receiver.receiveNumbers(quietSeconds: 0.2))
-    }
-
     /// Ping, TCP both ways and UDP both ways between the guests of a pair, and nothing lost uncounted.
     private func expectTraffic(_ pair: Pair) throws {
       #expect(try pair.guestA.ping(pair.guestB).isComplete)
@@ -69,7 +50,7 @@ extension EndToEnd {
         #expect(pair.forwarders.allSatisfy { $0.isLogged("without=") }, "it says what it does without")
         #expect(try pair.guestA.ping(pair.guestB).isComplete)
         #expect(try pair.guestA.tcp(to: pair.guestB).receivedBytes > 16 << 20)
-        #expect(try sendNumbered(500, from: pair.guestA, to: pair.guestB) == Array(0..<500))
+        #expect(try pair.guestA.sendNumbered(500, to: pair.guestB) == Array(0..<500))
         for forwarder in pair.forwarders { try expectConservation(forwarder.stop()) }
       }
     }
@@ -95,8 +76,8 @@ extension EndToEnd {
     @Test func framesArriveOnceInOrderAndUnchanged() throws {
       try withLab { lab in
         let pair = try lab.pair()
-        #expect(try sendNumbered(2000, from: pair.guestA, to: pair.guestB) == Array(0..<2000))
-        #expect(try sendNumbered(2000, from: pair.guestB, to: pair.guestA) == Array(0..<2000))
+        #expect(try pair.guestA.sendNumbered(2000, to: pair.guestB) == Array(0..<2000))
+        #expect(try pair.guestB.sendNumbered(2000, to: pair.guestA) == Array(0..<2000))
 
         let a = try PacketSocket(in: pair.guestA.namespace)
         let b = try PacketSocket(in: pair.guestB.namespace)

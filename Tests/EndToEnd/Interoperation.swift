@@ -51,20 +51,15 @@ extension EndToEnd {
         try lab.likeAWire(forwarder.host)
         #expect(try ours.ping(kernels, count: 1).isComplete)
         for (sender, receiver, direction) in [(kernels, ours, "in"), (ours, kernels, "out")] {
-          let capture = try forwarder.host.namespace.start([
-            "tcpdump", "-i", Host.underlayDevice, "--direction", direction, "--immediate-mode", "-nvv", "-c", "400",
-            "udp port 4789",
-          ])
-          #expect(eventually { capture.standardError.contains("listening on") })
+          let capture = try Capture(
+            in: forwarder.host.namespace, device: Host.underlayDevice, "udp port 4789", direction: direction,
+            framesMax: 400)
           _ = try sender.tcp(to: receiver, mebibytes: 8)
-          #expect(capture.wait(seconds: 15) == 0, "\(capture.standardError)")
-          let report = capture.standardOutput
+          #expect(capture.isFull(seconds: 15))
+          let report = try capture.stop()
           #expect(report.contains("VXLAN"))
           #expect(report.contains("(correct)"), "no inner TCP checksum was seen")
-          let wrong = report.split(separator: "\n").filter {
-            $0.contains("incorrect") || $0.contains("bad cksum") || $0.contains("bad udp cksum")
-          }
-          #expect(wrong == [], "\(direction)")
+          #expect(Capture.wrongChecksums(in: report) == [], "\(direction)")
         }
       }
     }

@@ -4,56 +4,18 @@ extension EndToEnd {
   /// More than two hosts, more than one guest, more than one domain.
   @Suite(needsForwarder)
   struct Topologies {
-    /// A host's forwarder, started from a file, with a guest in each of its ports.
-    private func node(
-      _ lab: Lab, _ host: Host, _ configuration: NodeConfiguration, guests numbers: [Int]
-    ) throws -> (forwarder: Forwarder, guests: [Guest]) {
-      let forwarder = try Forwarder(on: host, configuration)
-      let guests = try zip(configuration.ports, numbers).map { port, number in
-        let guest = try lab.guest(number, name: "\(host.index)-\(port.name)")
-        try lab.plug(guest, into: port.name, of: host)
-        return guest
-      }
-      return (forwarder, guests)
-    }
-
-    /// Every guest in turn sends broadcasts: every other one must receive each exactly once, itself none.
-    private func expectEachBroadcastOnce(_ guests: [Guest], perGuest: Int = 50) throws {
-      let sockets = try guests.map { try PacketSocket(in: $0.namespace) }
-      for (sender, guest) in guests.enumerated() {
-        let numbers = (0..<perGuest).map { UInt32(sender * perGuest + $0) }
-        for number in numbers {
-          try sockets[sender].send(Frame.numbered(number, to: .broadcast, from: guest.mac))
-          // One at a time: what is checked is copies, not queues.
-          let witness = sender == 0 ? 1 : 0
-          #expect(try sockets[witness].receives(number: number))
-        }
-        for (receiver, socket) in sockets.enumerated() {
-          let arrived = try socket.receiveNumbers(quietSeconds: 0.2)
-          let witness = sender == 0 ? 1 : 0
-          // The witness has read its copies already: whatever it still gets is one too many.
-          let expected = receiver == sender || receiver == witness ? [] : numbers
-          #expect(arrived == expected, "from guest \(sender) to guest \(receiver)")
-        }
-      }
-    }
-
-    private func stopAll(_ forwarders: [Forwarder]) throws {
-      for forwarder in forwarders { try expectConservation(forwarder.stop()) }
-    }
-
     @Test("three hosts in full mesh deliver each broadcast exactly once", arguments: Family.allCases)
     func fullMesh(family: Family) throws {
       try withLab { lab in
         let hosts = try lab.hosts(3, family: family)
-        let nodes = try hosts.map { try node(lab, $0, NodeConfiguration($0, among: hosts), guests: [$0.index + 1]) }
+        let nodes = try hosts.map { try lab.node($0, NodeConfiguration($0, among: hosts), guests: [$0.index + 1]) }
         let guests = nodes.flatMap(\.guests)
         try expectEachBroadcastOnce(guests)
         for a in guests {
           for b in guests where a.number != b.number { #expect(try a.ping(b, count: 3).isComplete) }
         }
         // Each guest's frames came in by its own host's port alone: a loop would have added to them.
-        try stopAll(nodes.map(\.forwarder))
+        try stopAll(nodes)
       }
     }
 
@@ -61,20 +23,20 @@ extension EndToEnd {
       try withLab { lab in
         let hosts = try lab.hosts(2)
         let twoPorts = [NodeConfiguration.Port(name: "vm1"), NodeConfiguration.Port(name: "vm2")]
-        let a = try node(lab, hosts[0], NodeConfiguration(hosts[0], among: hosts, ports: twoPorts), guests: [1, 2])
-        let b = try node(lab, hosts[1], NodeConfiguration(hosts[1], among: hosts, ports: twoPorts), guests: [3, 4])
+        let a = try lab.node(hosts[0], NodeConfiguration(hosts[0], among: hosts, ports: twoPorts), guests: [1, 2])
+        let b = try lab.node(hosts[1], NodeConfiguration(hosts[1], among: hosts, ports: twoPorts), guests: [3, 4])
         let guests = a.guests + b.guests
         try expectEachBroadcastOnce(guests)
         #expect(try guests[0].ping(guests[1]).isComplete)
         #expect(try guests[0].ping(guests[3]).isComplete)
-        try stopAll([a.forwarder, b.forwarder])
+        try stopAll([a, b])
       }
     }
 
     @Test func aFrameToAKnownAddressGoesToItsPlaceOnly() throws {
       try withLab { lab in
         let hosts = try lab.hosts(3)
-        let nodes = try hosts.map { try node(lab, $0, NodeConfiguration($0, among: hosts), guests: [$0.index + 1]) }
+        let nodes = try hosts.map { try lab.node($0, NodeConfiguration($0, among: hosts), guests: [$0.index + 1]) }
         let guests = nodes.flatMap(\.guests)
         let sockets = try guests.map { try PacketSocket(in: $0.namespace) }
         // Guest 2 is heard once; from then on its place is known.
@@ -98,7 +60,7 @@ extension EndToEnd {
             ports: [.init(name: "blue1", domain: "blue"), .init(name: "red1", domain: "red")])
           configuration.domains = [.init(name: "blue", vni: 42), .init(name: "red", vni: 43)]
           // The same number in both domains: the same MAC and IP address.
-          return try node(lab, host, configuration, guests: [host.index + 1, host.index + 1])
+          return try lab.node(host, configuration, guests: [host.index + 1, host.index + 1])
         }
         let blue = nodes.map { $0.guests[0] }
         let red = nodes.map { $0.guests[1] }
@@ -130,14 +92,14 @@ extension EndToEnd {
         try red[1].namespace.ip("link", "set", Guest.device, "down")
         #expect(try blue[0].ping(blue[1]).isComplete)
         #expect(try red[0].ping(red[1], count: 1).received == 0, "the blue guest answers for the red one")
-        try stopAll(nodes.map(\.forwarder))
+        try stopAll(nodes)
       }
     }
 
     @Test func anAddressThatMovesToAnotherHostIsFollowedAtOnce() throws {
       try withLab { lab in
         let hosts = try lab.hosts(3)
-        let nodes = try hosts.map { try node(lab, $0, NodeConfiguration($0, among: hosts), guests: [$0.index + 1]) }
+        let nodes = try hosts.map { try lab.node($0, NodeConfiguration($0, among: hosts), guests: [$0.index + 1]) }
         let guests = nodes.flatMap(\.guests)
         let sockets = try guests.map { try PacketSocket(in: $0.namespace) }
         let wanderer = MAC(0x02, 0, 0, 0, 0, 0x77)
@@ -158,7 +120,7 @@ extension EndToEnd {
         try expectFollowed(to: 2, from: 1)
         let report = try nodes[0].forwarder.counters()
         #expect(report.total("mac_moves", .domains) == 1)
-        try stopAll(nodes.map(\.forwarder))
+        try stopAll(nodes)
       }
     }
 
@@ -166,8 +128,8 @@ extension EndToEnd {
       try withLab { lab in
         let hosts = try lab.hosts(2)
         let twoPorts = [NodeConfiguration.Port(name: "vm1"), NodeConfiguration.Port(name: "vm2")]
-        let a = try node(lab, hosts[0], NodeConfiguration(hosts[0], among: hosts, ports: twoPorts), guests: [1, 2])
-        let b = try node(lab, hosts[1], NodeConfiguration(hosts[1], among: hosts), guests: [3])
+        let a = try lab.node(hosts[0], NodeConfiguration(hosts[0], among: hosts, ports: twoPorts), guests: [1, 2])
+        let b = try lab.node(hosts[1], NodeConfiguration(hosts[1], among: hosts), guests: [3])
         let sender = try PacketSocket(in: a.guests[0].namespace)
         let here = try PacketSocket(in: a.guests[1].namespace)
         let there = try PacketSocket(in: b.guests[0].namespace)
@@ -183,7 +145,7 @@ extension EndToEnd {
         try sender.send(Frame.numbered(4, to: wanderer, from: a.guests[0].mac))
         #expect(try here.receives(number: 4))
         #expect(try !there.receiveNumbers(quietSeconds: 0.3).contains(4))
-        try stopAll([a.forwarder, b.forwarder])
+        try stopAll([a, b])
       }
     }
   }

@@ -16,9 +16,11 @@ final class Forwarder {
   private var readCharacters = 0
 
   /// Starts it with these arguments of `vnetr run` and waits until it forwards.
-  init(on host: Host, _ arguments: [String], environment: [String: String] = [:]) throws {
+  init(
+    on host: Host, _ arguments: [String], environment: [String: String] = [:], through wrapper: [String] = []
+  ) throws {
     self.host = host
-    process = try Forwarder.start(on: host, arguments, environment: environment)
+    process = try Forwarder.start(on: host, arguments, environment: environment, through: wrapper)
     let hasStarted = eventually(within: 20) { !process.isRunning || isReady }
     guard hasStarted, process.isRunning else {
       throw LabError("\(process.commandLine): not ready, exit code \(exitCodeText)\n\(process.standardError)")
@@ -161,48 +163,116 @@ final class TemporaryText {
   deinit { try? FileManager.default.removeItem(atPath: path) }
 }
 
-/// A configuration file of the forwarder.
+/// A configuration file of the forwarder. What is nil is left out of the file: its default holds.
 struct NodeConfiguration {
   struct Domain {
     var name = "blue"
     var vni = 42
+    var forwarding: String?
+    var floodFramesPerSecondMax: Int?
   }
   struct Port {
     var name: String
-    var domain = "blue"
+    /// Nil for an end of a passthrough.
+    var domain: String? = "blue"
+    var kind = "tap"
     var queues = 1
+    var mtu: Int?
+
+    /// A port on the device of that name, which is there already.
+    static func packet(_ name: String, domain: String? = "blue", mtu: Int? = nil) -> Port {
+      Port(name: name, domain: domain, kind: "packet", mtu: mtu)
+    }
   }
   struct Link {
     var name: String
     var remote: String
+    var encapsulation: String?
+    var relay: Bool?
+    var fragment: Bool?
     var reservedBits: String?
   }
+  struct Rule {
+    var source: String
+    var destination: String
+    var from: String?
+    var to: String
+  }
 
-  var address: String
+  /// Nil where there is no link.
+  var address: String?
   var domains = [Domain()]
   var ports: [Port]
-  var links: [Link]
+  var links: [Link] = []
+  var rules: [Rule] = []
+  var passthroughs: [(a: String, b: String)] = []
 
   /// The configuration of a host that has a link to each of the others.
-  init(_ host: Host, among hosts: [Host], ports: [Port] = [Port(name: "vm1")]) {
+  init(
+    _ host: Host, among hosts: [Host], ports: [Port] = [Port(name: "vm1")], encapsulation: String? = nil,
+    relay: Bool? = nil
+  ) {
     address = host.address
     self.ports = ports
-    links = hosts.filter { $0.index != host.index }.map { Link(name: "to-\($0.name)", remote: $0.address) }
+    links = hosts.filter { $0.index != host.index }.map {
+      Link(name: "to-\($0.name)", remote: $0.address, encapsulation: encapsulation, relay: relay)
+    }
+  }
+
+  /// The configuration of a host without links.
+  init(ports: [Port]) { self.ports = ports }
+
+  /// The configuration of a host with two ports that are wired to each other.
+  init(passthrough a: Port, _ b: Port) {
+    ports = [a, b]
+    domains = []
+    passthroughs = [(a.name, b.name)]
+    for index in ports.indices { ports[index].domain = nil }
   }
 
   var toml: String {
-    var text = "[underlay]\naddress = \"\(address)\"\n"
+    var text = ""
+    func section(_ header: String, _ fields: [(key: String, value: Any?)]) {
+      text += "\n\(header)\n"
+      for (key, value) in fields {
+        switch value {
+        case let string as String: text += "\(key) = \"\(string)\"\n"
+        case let other?: text += "\(key) = \(other)\n"
+        case nil: break
+        }
+      }
+    }
+    if address != nil { section("[underlay]", [("address", address)]) }
     for domain in domains {
-      text += "\n[[domain]]\nname = \"\(domain.name)\"\nvni = \(domain.vni)\n"
+      section(
+        "[[domain]]",
+        [
+          ("name", domain.name), ("vni", domain.vni), ("forwarding", domain.forwarding),
+          ("flood_frames_per_second_max", domain.floodFramesPerSecondMax),
+        ])
     }
     for port in ports {
-      text += "\n[[port]]\nname = \"\(port.name)\"\nkind = \"tap\"\ndevice = \"\(port.name)\"\n"
-      text += "domain = \"\(port.domain)\"\nqueues = \(port.queues)\n"
+      section(
+        "[[port]]",
+        [
+          ("name", port.name), ("kind", port.kind), ("device", port.name), ("domain", port.domain),
+          ("queues", port.queues), ("mtu", port.mtu),
+        ])
     }
     for link in links {
-      text += "\n[[link]]\nname = \"\(link.name)\"\nremote = \"\(link.remote)\"\n"
-      if let reservedBits = link.reservedBits { text += "reserved_bits = \"\(reservedBits)\"\n" }
+      section(
+        "[[link]]",
+        [
+          ("name", link.name), ("remote", link.remote), ("encapsulation", link.encapsulation), ("relay", link.relay),
+          ("fragment", link.fragment), ("reserved_bits", link.reservedBits),
+        ])
     }
+    for rule in rules {
+      section(
+        "[[route]]",
+        [("source", rule.source), ("destination", rule.destination), ("from", rule.from), ("to", rule.to)])
+    }
+    for wire in passthroughs { section("[[passthrough]]", [("a", wire.a), ("b", wire.b)]) }
     return text
   }
 }

@@ -33,13 +33,15 @@ enum Frame {
   /// What opens the payload of a numbered frame.
   private static let mark: [UInt8] = Array("numbered".utf8)
 
-  /// A frame of at least the smallest size that Ethernet has, with a number that `number(of:)` reads again.
+  /// A frame, unless it is asked to be longer of the smallest size that Ethernet has, with a number that `number(of:)`
+  /// reads again.
   static func numbered(
-    _ number: UInt32, to destination: MAC, from source: MAC, tags: [(type: UInt16, id: UInt16)] = []
+    _ number: UInt32, to destination: MAC, from source: MAC, tags: [(type: UInt16, id: UInt16)] = [],
+    payloadBytes: Int = 46
   ) -> [UInt8] {
     ethernet(
       to: destination, from: source, tags: tags,
-      payload: mark + networkOrder(number) + [UInt8](repeating: 0, count: 46 - mark.count - 4))
+      payload: mark + networkOrder(number) + [UInt8](repeating: 0, count: payloadBytes - mark.count - 4))
   }
 
   /// The number of a numbered frame with any tags; nil for other frames.
@@ -56,13 +58,15 @@ enum Frame {
   }
 
   /// An IPv4 header without options and `payload`. A claimed length stands in the header whatever follows it.
+  /// - Parameter fragment: the flags and the fragment's offset (RFC 791 section 3.1).
   static func ipv4Packet(
     from source: [UInt8], to destination: [UInt8], service: UInt8 = 0, protocolNumber: UInt8 = 253,
-    claimedLength: Int? = nil, headerWords: UInt8 = 5, payload: [UInt8]
+    claimedLength: Int? = nil, headerWords: UInt8 = 5, fragment: UInt16 = 0, payload: [UInt8]
   ) -> [UInt8] {
     let length = UInt16(claimedLength ?? 20 + payload.count)
     var header: [UInt8] =
-      [0x40 | headerWords, service] + networkOrder(length) + [0, 0, 0, 0, 64, protocolNumber, 0, 0]
+      [0x40 | headerWords, service] + networkOrder(length) + [0, 0] + networkOrder(fragment)
+      + [64, protocolNumber, 0, 0]
     header += source + destination
     let checksum = internetChecksum(header)
     header.replaceSubrange(10..<12, with: networkOrder(checksum))

@@ -65,9 +65,9 @@ final class Lab {
 
   /// Makes hosts that reach each other on one underlay: a cable between two, a switch between more.
   ///
-  /// The underlay's MTU leaves room for guests' frames of 1,500 bytes.
-  func hosts(_ count: Int, family: Family = .ipv4) throws -> [Host] {
-    let mtu = "\(1500 + family.overheadBytes)"
+  /// Unless another is asked for, the underlay's MTU leaves room for guests' frames of 1,500 bytes.
+  func hosts(_ count: Int, family: Family = .ipv4, mtu mtuBytes: Int? = nil) throws -> [Host] {
+    let mtu = "\(mtuBytes ?? 1500 + family.overheadBytes)"
     let hosts = try (0..<count).map { index in
       Host(index: index, family: family, namespace: try namespace("host\(index)"))
     }
@@ -100,6 +100,27 @@ final class Lab {
     return hosts
   }
 
+  /// Makes two hosts with a router between them, whose leg to the second host carries less than all other devices.
+  func hostsBehindRouter(mtu: Int, narrowMTU: Int) throws -> [Host] {
+    let router = try namespace("router")
+    try router.setKernelParameter("net.ipv4.ip_forward", "1")
+    // It answers for each host on the other's side, so that the hosts need no routes.
+    try router.setKernelParameter("net.ipv4.conf.all.proxy_arp", "1")
+    try router.ip("address", "add", "10.99.0.254/32", "dev", "lo")
+    return try (0..<2).map { index in
+      let host = Host(index: index, family: .ipv4, namespace: try namespace("host\(index)"))
+      let leg = "leg\(index)"
+      try router.ip(
+        "link", "add", leg, "mtu", "\(index == 1 ? narrowMTU : mtu)", "type", "veth",
+        "peer", "name", Host.underlayDevice, "mtu", "\(mtu)", "netns", host.namespace.name)
+      try router.ip("link", "set", leg, "up")
+      try router.ip("route", "add", host.address + "/32", "dev", leg)
+      try host.namespace.ip("address", "add", host.addressWithPrefix, "dev", Host.underlayDevice)
+      try host.namespace.ip("link", "set", Host.underlayDevice, "up")
+      return host
+    }
+  }
+
   /// Makes a guest that is plugged in nowhere yet. It speaks no IPv6, so that it sends what a test asks for and ARP.
   func guest(_ number: Int, name: String? = nil) throws -> Guest {
     let namespace = try namespace("guest" + (name ?? "\(number)"))
@@ -111,9 +132,47 @@ final class Lab {
   func plug(_ guest: Guest, into device: String, of host: Host) throws {
     try host.namespace.ip("link", "set", device, "down")
     try host.namespace.ip("link", "set", device, "netns", guest.namespace.name)
-    try guest.namespace.ip("link", "set", device, "name", Guest.device, "address", guest.mac.description)
+    try guest.namespace.ip("link", "set", device, "name", Guest.device)
+    try bringUp(guest)
+  }
+
+  private func bringUp(_ guest: Guest) throws {
+    try guest.namespace.ip("link", "set", Guest.device, "address", guest.mac.description)
     try guest.namespace.ip("address", "add", guest.address + "/24", "dev", Guest.device)
     try guest.namespace.ip("link", "set", Guest.device, "up")
+  }
+
+  /// Makes a guest that is cabled to a new device of a host, as to a NIC of its own. Both ends have all offloads: what
+  /// the guest sends arrives at the NIC as super-frames, without checksums.
+  func cabledGuest(_ number: Int, to device: String, of host: Host, mtu: Int = 1500) throws -> Guest {
+    let guest = try guest(number)
+    try host.namespace.ip(
+      "link", "add", device, "mtu", "\(mtu)", "type", "veth",
+      "peer", "name", Guest.device, "mtu", "\(mtu)", "netns", guest.namespace.name)
+    try host.namespace.ip("link", "set", device, "up")
+    try bringUp(guest)
+    return guest
+  }
+
+  /// Joins two hosts by a cable between new devices of that name: a wire beside the underlay.
+  func cable(_ a: Host, _ b: Host, device: String, mtu: Int = 1500) throws {
+    try a.namespace.ip(
+      "link", "add", device, "mtu", "\(mtu)", "type", "veth",
+      "peer", "name", device, "mtu", "\(mtu)", "netns", b.namespace.name)
+    for host in [a, b] { try host.namespace.ip("link", "set", device, "up") }
+  }
+
+  /// Starts a host's forwarder from a file, with a new guest in each of its TAP ports, in their order.
+  func node(
+    _ host: Host, _ configuration: NodeConfiguration, guests numbers: [Int], flags: [String] = []
+  ) throws -> Node {
+    let forwarder = try Forwarder(on: host, configuration, flags: flags)
+    let guests = try zip(configuration.ports.filter { $0.kind == "tap" }, numbers).map { port, number in
+      let guest = try guest(number, name: "\(number)-\(host.index)-\(port.name)")
+      try plug(guest, into: port.name, of: host)
+      return guest
+    }
+    return Node(forwarder: forwarder, guests: guests)
   }
 
   /// Starts a forwarder with one TAP on a host, from flags alone, and plugs a new guest into it.
@@ -165,6 +224,28 @@ final class Lab {
   }
 }
 
+/// A host's forwarder and the guests in its TAP ports.
+struct Node {
+  let forwarder: Forwarder
+  let guests: [Guest]
+}
+
+/// Stops forwarders and expects that each has accounted for every frame.
+func stopAll(_ nodes: [Node], sourceLocation: SourceLocation = #_sourceLocation) throws {
+  for node in nodes { expectConservation(try node.forwarder.stop(), sourceLocation: sourceLocation) }
+}
+
+/// The CPUs that this process may use, ascending: Cpus_allowed_list of proc(5).
+let cpusAllowed: [Int] = {
+  let status = (try? execute(["cat", "/proc/self/status"])) ?? ""
+  let line = status.split(separator: "\n").first { $0.hasPrefix("Cpus_allowed_list:") }
+  let cpus = (line?.split(separator: "\t").last ?? "").split(separator: ",").flatMap { run in
+    let ends = run.split(separator: "-").compactMap { Int($0) }
+    return ends.isEmpty ? [] : Array(ends[0]...ends[ends.count - 1])
+  }
+  return cpus.isEmpty ? [0] : cpus
+}()
+
 /// Two hosts joined by the overlay, with a guest behind each.
 struct Pair {
   let hosts: [Host]
@@ -206,6 +287,13 @@ enum Obstacle {
       "ip", "link", "add", "link", devices[0], "name", devices[0] + ".7", "type", "vlan", "id", "7",
     ])
     return makes == nil || tags == nil ? "this kernel makes no VLAN devices" : nil
+  }()
+
+  static let toVirtualMachine: String? = {
+    let folder = EndToEnd.VirtualMachine.folder
+    let isThere = ["vmlinuz", "initrd"].allSatisfy { unsafe access("\(folder)/\($0)", R_OK) == 0 }
+    let runs = (try? execute(["qemu-system-x86_64", "--version"])) != nil
+    return isThere && runs ? nil : "there is no QEMU, or nothing for it to boot: `tools/setup --vm` gets both"
   }()
 
   static let toForwarder: String? = {

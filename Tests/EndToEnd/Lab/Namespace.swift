@@ -47,6 +47,14 @@ final class Namespace {
     (try? ip("link", "show", "dev", device)) != nil
   }
 
+  /// The MAC address of a device.
+  func address(of device: String) throws -> MAC {
+    let text = try run("cat", "/sys/class/net/\(device)/address")
+    let bytes = text.split(separator: ":").compactMap { UInt8($0.prefix(2), radix: 16) }
+    guard bytes.count == 6 else { throw LabError("no MAC address: \(text)") }
+    return MAC(bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5])
+  }
+
   /// Runs `body` on a thread that has entered this namespace: sockets that it opens belong to it for good.
   func inside<R>(_ body: () throws -> R) throws -> R {
     try withoutActuallyEscaping(body) { body in

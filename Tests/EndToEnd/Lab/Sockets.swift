@@ -147,6 +147,91 @@ final class DatagramSocket {
   }
 }
 
+/// A TCP socket that waits for a connection.
+final class StreamListener {
+  private let descriptor: Int32
+  let port: UInt16 = 5001
+
+  init(in namespace: Namespace, address: String) throws {
+    let bytes = try socketAddress(address, port: port)
+    descriptor = try namespace.inside {
+      let descriptor = socket(AF_INET, socketKind(SOCK_STREAM), 0)
+      guard descriptor >= 0 else { throw LabError("no TCP socket: \(errorText(errno))") }
+      do {
+        try set(descriptor, SOL_SOCKET, SO_REUSEADDR, 1)
+        try bindSocket(descriptor, to: bytes)
+        guard listen(descriptor, 1) == 0 else { throw LabError("cannot listen: \(errorText(errno))") }
+      } catch {
+        close(descriptor)
+        throw error
+      }
+      return descriptor
+    }
+  }
+
+  deinit { close(descriptor) }
+
+  func accept(seconds: Double) throws -> StreamSocket {
+    guard waitForInput(descriptor, seconds: seconds) else { throw LabError("nobody connects to TCP port \(port)") }
+    let accepted = Glibc.accept(descriptor, nil, nil)
+    guard accepted >= 0 else { throw LabError("cannot accept: \(errorText(errno))") }
+    return StreamSocket(descriptor: accepted)
+  }
+}
+
+/// One end of a TCP connection. Nothing waits: a test looks after both ends in turn.
+final class StreamSocket {
+  private let descriptor: Int32
+
+  fileprivate init(descriptor: Int32) { self.descriptor = descriptor }
+
+  /// Connects within 10 seconds, or throws.
+  init(in namespace: Namespace, to address: String, port: UInt16) throws {
+    let bytes = try socketAddress(address, port: port)
+    descriptor = try namespace.inside {
+      let descriptor = socket(AF_INET, socketKind(SOCK_STREAM), 0)
+      guard descriptor >= 0 else { throw LabError("no TCP socket: \(errorText(errno))") }
+      // The time that a send may take is the connection's too: socket(7).
+      var timeout = timeval(tv_sec: 10, tv_usec: 0)
+      let size = socklen_t(MemoryLayout<timeval>.size)
+      let isSet = unsafe setsockopt(descriptor, SOL_SOCKET, SO_SNDTIMEO, &timeout, size)
+      guard isSet == 0, unsafe withSocketAddress(bytes, { unsafe connect(descriptor, $0, $1) }) == 0 else {
+        let text = errorText(errno)
+        close(descriptor)
+        throw LabError("no TCP connection to \(address): \(text)")
+      }
+      return descriptor
+    }
+  }
+
+  deinit { close(descriptor) }
+
+  /// Hands over as much as the socket takes at once, and returns how many bytes that was.
+  func send(_ bytes: ArraySlice<UInt8>) throws -> Int {
+    let flags = Int32(MSG_DONTWAIT) | Int32(MSG_NOSIGNAL)
+    let sent = unsafe bytes.withUnsafeBytes { unsafe Glibc.send(descriptor, $0.baseAddress!, $0.count, flags) }
+    guard sent >= 0 || errno == EAGAIN else { throw LabError("TCP socket: \(errorText(errno))") }
+    return max(0, sent)
+  }
+
+  /// Nothing more is sent.
+  func end() { shutdown(descriptor, Int32(SHUT_WR)) }
+
+  /// Appends what has arrived; true when the other end has sent its last.
+  func receive(into bytes: inout [UInt8]) throws -> Bool {
+    var chunk = [UInt8](repeating: 0, count: 1 << 20)
+    while true {
+      let count = unsafe chunk.withUnsafeMutableBytes {
+        unsafe recv(descriptor, $0.baseAddress!, $0.count, Int32(MSG_DONTWAIT))
+      }
+      if count < 0 && errno == EAGAIN { return false }
+      guard count >= 0 else { throw LabError("TCP socket: \(errorText(errno))") }
+      if count == 0 { return true }
+      bytes += chunk[..<count]
+    }
+  }
+}
+
 /// A datagram socket of the file system, as a service manager opens it for sd_notify(3).
 final class NotificationSocket {
   let path: String

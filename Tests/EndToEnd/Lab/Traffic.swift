@@ -1,4 +1,5 @@
 import Foundation
+import Testing
 
 /// What `ping` reported.
 struct PingResult {
@@ -72,6 +73,108 @@ extension Guest {
     for offload in ["tx", "tso", "gso", "sg"] {
       let change = try namespace.start(["ethtool", "-K", Guest.device, offload, value])
       guard change.wait(seconds: 10) != nil else { throw LabError("\(change.commandLine): did not end") }
+    }
+  }
+}
+
+extension Guest {
+  /// Sends numbered frames to another guest, in bursts that no queue on the way is too short for, and returns the
+  /// numbers in the order in which they arrived.
+  func sendNumbered(_ count: Int, to other: Guest, payloadBytes: Int = 46) throws -> [UInt32] {
+    let sender = try PacketSocket(in: namespace)
+    let receiver = try PacketSocket(in: other.namespace)
+    let burst = 16
+    var numbers: [UInt32] = []
+    for first in stride(from: 0, to: count, by: burst) {
+      for number in first..<min(first + burst, count) {
+        try sender.send(Frame.numbered(UInt32(number), to: other.mac, from: mac, payloadBytes: payloadBytes))
+      }
+      while numbers.count < min(first + burst, count), let frame = try receiver.receive(seconds: 2) {
+        if let number = Frame.number(of: frame) { numbers.append(number) }
+      }
+    }
+    return numbers + (try receiver.receiveNumbers(quietSeconds: 0.2))
+  }
+
+  /// Sends random bytes to another guest over a TCP connection, and says whether the same arrived there.
+  /// - Parameter bytes: how many; by default a number that no segment size divides.
+  func carriesStream(to other: Guest, bytes count: Int = 1_000_003) throws -> Bool {
+    var random = SystemRandomNumberGenerator()
+    let words = (0...count / 8).map { _ in random.next() }
+    let bytes = Array(unsafe words.withUnsafeBytes { unsafe Array($0) }[..<count])
+    let listener = try StreamListener(in: other.namespace, address: other.address)
+    let sender = try StreamSocket(in: namespace, to: other.address, port: listener.port)
+    let receiver = try listener.accept(seconds: 10)
+    var sent = 0
+    var received: [UInt8] = []
+    let isWhole = try eventually(within: 30) {
+      if sent < bytes.count {
+        sent += try sender.send(bytes[sent...])
+        if sent == bytes.count { sender.end() }
+      }
+      return try receiver.receive(into: &received)
+    }
+    guard isWhole else { throw LabError("\(sent) of \(bytes.count) bytes sent, \(received.count) received") }
+    return received == bytes
+  }
+}
+
+/// Every guest in turn sends broadcasts: every other one must receive each exactly once, itself none.
+func expectEachBroadcastOnce(
+  _ guests: [Guest], perGuest: Int = 50, sourceLocation: SourceLocation = #_sourceLocation
+) throws {
+  let sockets = try guests.map { try PacketSocket(in: $0.namespace) }
+  for (sender, guest) in guests.enumerated() {
+    let numbers = (0..<perGuest).map { UInt32(sender * perGuest + $0) }
+    let witness = sender == guests.count - 1 ? 0 : guests.count - 1
+    for number in numbers {
+      try sockets[sender].send(Frame.numbered(number, to: .broadcast, from: guest.mac))
+      // One at a time: what is checked is copies, not queues.
+      #expect(try sockets[witness].receives(number: number), sourceLocation: sourceLocation)
+    }
+    for (receiver, socket) in sockets.enumerated() {
+      let arrived = try socket.receiveNumbers(quietSeconds: 0.2)
+      // The witness has read its copies already: whatever it still gets is one too many.
+      let expected = receiver == sender || receiver == witness ? [] : numbers
+      #expect(arrived == expected, "from guest \(sender) to guest \(receiver)", sourceLocation: sourceLocation)
+    }
+  }
+}
+
+/// What tcpdump sees at a device from now on.
+final class Capture {
+  private let process: ChildProcess
+
+  /// - Parameters:
+  ///   - filter: what to look for, by pcap-filter(7).
+  ///   - direction: `in` or `out` alone.
+  init(
+    in namespace: Namespace, device: String, _ filter: String, direction: String? = nil, framesMax: Int? = nil
+  ) throws {
+    var arguments = ["tcpdump", "-i", device, "--immediate-mode", "-l", "-nvv"]
+    if let direction { arguments += ["--direction", direction] }
+    if let framesMax { arguments += ["-c", "\(framesMax)"] }
+    process = try namespace.start(arguments + [filter])
+    guard eventually({ process.standardError.contains("listening on") }) else {
+      throw LabError("\(process.commandLine): \(process.standardError)")
+    }
+  }
+
+  /// Waits until `framesMax` frames were seen; false when they did not come in time.
+  func isFull(seconds: Double = 10) -> Bool { process.wait(seconds: seconds) == 0 }
+
+  /// Ends it and returns what it said: a frame begins a line that is not indented.
+  func stop() throws -> String {
+    process.send(signal: SIGINT)
+    guard process.wait(seconds: 10) == 0 else { throw LabError("\(process.commandLine): \(process.standardError)") }
+    // It answers the signal with a line break.
+    return process.standardOutput.trimmingCharacters(in: .newlines)
+  }
+
+  /// What tcpdump says where it recomputed a checksum and found another; nothing when all are right.
+  static func wrongChecksums(in report: String) -> [Substring] {
+    report.split(separator: "\n").filter {
+      $0.contains("incorrect") || $0.contains("bad cksum") || $0.contains("bad udp cksum")
     }
   }
 }

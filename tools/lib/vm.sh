@@ -1,0 +1,46 @@
+# Makes what the test with a real virtual machine boots: source it, do not run it.
+# shellcheck shell=bash
+
+vm_folder=.build/vm
+
+# A Debian kernel for virtual machines has its network card's driver in modules.
+vm_modules=(
+  virtio virtio_ring virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci failover net_failover virtio_net
+)
+
+vm_is_there() { [ -f "$vm_folder/vmlinuz" ] && [ -f "$vm_folder/initrd" ]; }
+
+# make_vm SCRATCH: puts `vmlinuz` and `initrd` into $vm_folder. The machine takes the address and runs the commands that
+# its kernel's command line has (vm_address=, and last vm_commands= with ~ for each blank), says BOOTED and stays up.
+make_vm() {
+  local scratch=$1 package module
+  package=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image/ { print $2; exit }')
+  (cd "$scratch" && apt-get download "$package" && dpkg-deb --extract "$package"_*.deb kernel) >&2
+  mkdir -p "$scratch"/root/{bin,modules,proc,sys,dev} "$vm_folder"
+  cp /bin/busybox "$scratch/root/bin/busybox"
+  for module in "${vm_modules[@]}"; do
+    find "$scratch/kernel" -name "$module.ko" -exec cp {} "$scratch/root/modules/" ';'
+  done
+  cat >"$scratch/root/init" <<'INIT'
+#!/bin/busybox sh
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sysfs /sys
+/bin/busybox mount -t devtmpfs devtmpfs /dev
+/bin/busybox --install -s /bin
+export PATH=/bin
+# In whatever order they need each other.
+for pass in 1 2 3; do
+  for module in /modules/*; do insmod $module 2>/dev/null; done
+done
+ip link set lo up
+ip link set eth0 up
+ip address add "$(sed 's/.*vm_address=\([^ ]*\).*/\1/' /proc/cmdline)/24" dev eth0
+echo BOOTED
+eval "$(sed 's/.*vm_commands=//' /proc/cmdline | tr '~' ' ')"
+exec sleep 1000000
+INIT
+  chmod +x "$scratch/root/init"
+  (cd "$scratch/root" && find . | cpio --create --format=newc --quiet | gzip) >"$vm_folder/initrd"
+  # Last: with it the folder counts as made.
+  cp "$scratch"/kernel/boot/vmlinuz-* "$vm_folder/vmlinuz"
+}
