@@ -24,6 +24,7 @@ struct TransmitStage: ~Copyable {
     var kind = LaneKind.tap
     var interface = InterfaceIndex.none
     var state = State.closed
+    var closingReason = Counter.dropInterfaceDown
     var isDirty = false
     /// The queue of frames, through `SendPool.next`: first those that are out, then those that wait.
     var head: UInt32 = 0
@@ -37,7 +38,7 @@ struct TransmitStage: ~Copyable {
     case open
     /// Full: one `writable` event is asked for.
     case blocked
-    /// Waits for its chain to come back, then drops the rest.
+    /// Waits for its chain to come back, then drops the rest under `closingReason`.
     case closing
     /// Its device is gone: control was told, once, and will close it.
     case failed
@@ -275,7 +276,7 @@ struct TransmitStage: ~Copyable {
     var report: Report?
     if event.error != 0 { report = failed(index, event.error, &io, &memory, counters) }
     if lanes[index].state == .closing {
-      empty(index, .dropInterfaceDown, &memory, counters)
+      empty(index, lanes[index].closingReason, &memory, counters)
       return close(index, &io)
     }
     if lanes[index].count > 0 { markDirty(index) }
@@ -356,6 +357,7 @@ struct TransmitStage: ~Copyable {
     guard lanes[index].state != .closed else { return .laneClosed(index) }
     guard lanes[index].out == 0 else {
       lanes[index].state = .closing
+      lanes[index].closingReason = reason
       return nil
     }
     empty(index, reason, &memory, counters)

@@ -53,7 +53,12 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   /// Slots that were still posted after the last receive ended, at the end of a drain.
   private var slotsNotTakenBack = 0
 
-  private enum State { case running, draining, drained, stopping, stopped }
+  private enum State {
+    case running, draining, drained, stopping
+    /// Lanes are closed; the chains that are out come back.
+    case leaving
+    case stopped
+  }
 
   /// The sends that wait or are out, as `audit` counted them last.
   private struct InFlight: ~Copyable {
@@ -387,21 +392,28 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   /// What is there is handed on or sent, until none is left or the time is up.
   private mutating func drainFurther(_ now: UInt64) {
     wait = .atMost(nanoseconds: 1_000_000)
-    guard state != .drained else { return }
+    switch state {
+    case .drained: return
+    case .leaving:
+      // The sends of a chain wait for nothing, so it is back soon; a kernel that keeps one must not keep us.
+      if transmit.inFlight == 0 || now &- drainStart > 2 * Self.drainNanosecondsMax { finish() }
+      return
+    default: break
+    }
     let isEmpty = receive.openCount == 0 && transmit.inFlight == 0 && !joints.haveFrames()
     // Whoever stops last waits for its slots: the others have stopped.
     let isDone = isEmpty && (state == .draining || memory.handedOnCount == 0)
     guard isDone || now &- drainStart > Self.drainNanosecondsMax else { return }
     if state == .draining {
       state = .drained
-      report(.drained)
-    } else {
-      finish()
+      return report(.drained)
     }
+    for lane in 0..<transmit.laneCount { _ = transmit.beginClose(lane, .dropStopped, &io, &memory, counters) }
+    state = .leaving
+    if transmit.inFlight == 0 { finish() }
   }
 
   private mutating func finish() {
-    for lane in 0..<transmit.laneCount { _ = transmit.beginClose(lane, .dropStopped, &io, &memory, counters) }
     giveBack()
     // With no receive left the kernel has no slot left either: one that does not come back now was lost.
     if receive.openCount == 0 { io.takeBackSlots(&memory) }
