@@ -148,6 +148,7 @@ import Testing
     #expect(plan.mtuBytesWithoutFragments(link: 0, underlayMTUBytes: 1_500) == withoutFragments)
     #expect(plan.mtuBytesMax(link: 0, underlayMTUBytes: 1_500) == atAll)
     #expect(plan.mtuBytes(port: 0, linkMTUBytes: [withoutFragments]) == withoutFragments, "the port's default")
+    #expect(plan.mtuBytesWithoutFragments(link: 0, underlayMTUBytes: 20) == 0, "a route may say any MTU")
   }
 
   @Test func aPortsMTUIsThatOfTheSmallestLinkOfItsDomain() throws {

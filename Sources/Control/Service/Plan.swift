@@ -160,11 +160,12 @@ struct Plan {
     return links.indices.filter { links[$0].domains.contains(domain) }.map { linkMTUBytes[$0] }.min()
   }
 
-  /// The longest payload of a frame that a link carries without fragments.
+  /// The longest payload of a frame that a link carries without fragments; 0 where the path carries none at all, for a
+  /// route may say any MTU.
   /// - Parameter underlayMTUBytes: the MTU of the path to its other end.
   func mtuBytesWithoutFragments(link: Int, underlayMTUBytes: Int) -> Int {
     let link = links[link]
-    return underlayMTUBytes - link.encapsulation.onTheWire.overheadBytes(isIPv4: link.remote.address.isIPv4)
+    return max(0, underlayMTUBytes - link.encapsulation.onTheWire.overheadBytes(isIPv4: link.remote.address.isIPv4))
   }
 
   /// The longest payload of a frame that a link carries at all.
