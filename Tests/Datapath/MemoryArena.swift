@@ -170,7 +170,7 @@ import Testing
       var memory = try FrameMemory(slotCount: 2, hugePages: false)
       let slot = memory.post()!
       memory.received(slot)
-      memory.hold(BufferReference(slot: slot), adding: 65_534)
+      memory.hold(BufferReference(slot: slot), adding: Int(UInt32.max) - 1)
     }
   }
 

@@ -73,7 +73,7 @@ public final class Service {
 
   private struct PortState {
     var device: PortDevice?
-    let mtuBytes: Int
+    var mtuBytes: Int
     /// Whether the device was made here: then it is made again when it went away, rather than waited for.
     var wasMade = false
     /// Answers of workers that are still to come before the descriptors can be closed.
@@ -318,10 +318,7 @@ public final class Service {
       worker.send(.addDomain(DomainIndex(domain), domainCounters[number][domain].writer), wakes: false)
     }
     for port in plan.ports.indices {
-      let record = InterfaceRecord(
-        plan.ports[port].kind.record, laneFirst: plan.lane(port: port), laneCount: 1, mtuBytes: ports[port].mtuBytes,
-        counters: interfaceCounters[number][plan.interface(port: port).index].writer)
-      worker.send(.addInterface(plan.interface(port: port), record), wakes: false)
+      worker.send(.addInterface(plan.interface(port: port), record(ofPort: port, at: number)), wakes: false)
       lend(port, to: worker)
     }
     for link in plan.links.indices {
@@ -329,6 +326,12 @@ public final class Service {
       lendLink(link, to: worker)
     }
     for socket in underlaySockets where socket.worker == number { lend(socket) }
+  }
+
+  private func record(ofPort port: Int, at worker: Int) -> InterfaceRecord {
+    InterfaceRecord(
+      plan.ports[port].kind.record, laneFirst: plan.lane(port: port), laneCount: 1, mtuBytes: ports[port].mtuBytes,
+      counters: interfaceCounters[worker][plan.interface(port: port).index].writer)
   }
 
   private func record(ofLink link: Int, at worker: Int) -> InterfaceRecord {
@@ -573,11 +576,18 @@ public final class Service {
     guard ports[port].closing > 0 else { return }
     ports[port].closing -= 1
     guard ports[port].closing == 0 else { return }
+    readDrops(port)
     ports[port].device?.close()
     ports[port].device = nil
     // Whoever was behind it may be elsewhere by now: frames to it are flooded until it is heard of.
     let domain = plan.domain(ofPort: port)
     if domain != .none { _ = tables[domain.index].removeAll(at: plan.interface(port: port)) }
+  }
+
+  /// What the kernel dropped before a packet socket's worker took it: reading sets it to zero there.
+  private func readDrops(_ port: Int) {
+    guard case .packet(let device) = ports[port].device else { return }
+    for queue in device.queues { ports[port].receiveBufferDrops += PacketDevice.dropsSinceLastRead(queue) }
   }
 
   private func bringBack(_ port: Int) {
@@ -591,7 +601,12 @@ public final class Service {
       return log.debug("port stays down", metadata: ["name": "\(configured.name)", "why": "\(error)"])
     }
     ports[port].isDown = false
+    if configured.kind == .packet, configured.mtuBytes == nil, let mtu = ports[port].device?.mtuBytes {
+      ports[port].mtuBytes = mtu
+    }
     for worker in workers {
+      worker.send(
+        .addInterface(plan.interface(port: port), record(ofPort: port, at: worker.plan.number)), wakes: false)
       lend(port, to: worker)
       worker.wake()
     }
@@ -672,11 +687,7 @@ public final class Service {
     for (number, port) in plan.ports.enumerated() {
       var row = CounterReport.Row(
         .port, port.name, interfaceCounters.map { $0[plan.interface(port: number).index] })
-      if case .packet(let device) = ports[number].device {
-        for queue in device.queues {
-          ports[number].receiveBufferDrops += PacketDevice.dropsSinceLastRead(queue)
-        }
-      }
+      readDrops(number)
       row.values[Counter.receiveBufferDrops.rawValue] = UInt64(ports[number].receiveBufferDrops)
       rows.append(row)
     }

@@ -223,11 +223,15 @@ struct Inlets<Element: BitwiseCopyable & Sendable>: ~Copyable {
   mutating func take(_ most: Int, into batch: inout Batch<Element>) {
     guard rings.count > 0 else { return }
     var left = min(most, batch.room)
-    let share = max(1, left / rings.count)
-    for step in 0..<rings.count where left > 0 {
-      var index = first + step
-      if index >= rings.count { index -= rings.count }
-      left -= batch.append(from: &rings[index], upTo: min(share, left))
+    var share = max(1, left / rings.count)
+    for _ in 0..<(rings.count > 1 ? 2 : 1) {
+      for step in 0..<rings.count where left > 0 {
+        var index = first + step
+        if index >= rings.count { index -= rings.count }
+        left -= batch.append(from: &rings[index], upTo: min(share, left))
+      }
+      // What some did not use, the others may.
+      share = left
     }
     first = first + 1 >= rings.count ? 0 : first + 1
   }

@@ -197,6 +197,8 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   @inline(__always)
   private mutating func collect() {
     var wait = wait
+    // A batch on a ring is no completion: it would be waited for in vain.
+    if joints.hasInlets, case .forBatch = wait { wait = .sweep }
     // Who has no frames to expect from neighbours is woken by them only when it lacks slots.
     guard roles != .all, wait != .sweep, joints.hasInlets || memory.postedCount < receive.postedMax else {
       return io.collect(wait, &memory, into: &events)

@@ -23,7 +23,7 @@ public final class ForeignMemory: @unchecked Sendable {
 
   @unsafe
   fileprivate struct Buffer {
-    var holds: UInt16 = 0
+    var holds: UInt32 = 0
     var segmentCount: UInt16 = 0
     var segments = unsafe InlineArray<17, iovec>(repeating: unsafe iovec())
   }
@@ -101,7 +101,7 @@ public final class ForeignMemory: @unchecked Sendable {
     func hold(_ index: Int, adding count: Int) {
       unsafe at(index) { buffer, _ in
         unsafe precondition(buffer.pointee.holds != 0, "hold of a foreign buffer not held")
-        unsafe buffer.pointee.holds += UInt16(truncatingIfNeeded: count)
+        unsafe buffer.pointee.holds += UInt32(truncatingIfNeeded: count)
       }
     }
 

@@ -22,7 +22,7 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
   /// come foreign memories.
   public static let neighbourOwnerFirst = 1 + foreignOwnersMax
 
-  private static var postedMark: UInt16 { 0xFFFF }
+  private static var postedMark: UInt32 { .max }
 
   private let arena: FrameArena
   private let own: FrameArena.View
@@ -30,7 +30,7 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
   public var hasHugePages: Bool { arena.hasHugePages }
 
   /// The state of each slot: 0 free, `postedMark`, or the count of sends still out.
-  private var states: FixedArray<UInt16>
+  private var states: FixedArray<UInt32>
   /// Free slots, the one last used on top: its lines are still in the cache.
   private var free: FixedArray<UInt32>
   private var freeCount: Int
@@ -49,7 +49,7 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
   private var neighbours: FixedArray<Neighbour>
   private let neighbourArenas: [FrameArena?]
   /// Sends beyond the first that are still out for each slot of each neighbour.
-  private var furtherHolds: FixedArray<UInt16>
+  private var furtherHolds: FixedArray<UInt32>
   /// Slots of neighbours to give back, in one run for each.
   private var returned: FixedArray<UInt32>
 
@@ -156,11 +156,11 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
       let old = states[Int(buffer.index)]
       precondition(
         old != 0 && old != Self.postedMark && Int(old) + count < Int(Self.postedMark), "hold of a slot not held")
-      states[Int(buffer.index)] = old + UInt16(truncatingIfNeeded: count)
+      states[Int(buffer.index)] = old + UInt32(truncatingIfNeeded: count)
     } else if let number = neighbour(buffer) {
       let place = place(of: buffer, number)
       precondition(Int(furtherHolds[place]) + count < Int(Self.postedMark), "too many holds of a slot")
-      furtherHolds[place] += UInt16(truncatingIfNeeded: count)
+      furtherHolds[place] += UInt32(truncatingIfNeeded: count)
     } else {
       foreignMemory(buffer).hold(Int(buffer.index), adding: count)
     }
