@@ -25,7 +25,8 @@ public struct Faults: Sendable, Equatable {
 
   /// For each item that an armed source could receive: the receive ends with error 0.
   public var endedReceive = 0.0
-  /// For each such item: the receive ends with EIO (a device) or ECONNREFUSED (a socket). The item stays queued.
+  /// For each such item: the receive ends with EIO (a TAP), ENETDOWN or EINVAL (a packet socket) or ECONNREFUSED (a UDP
+  /// socket). The item stays queued.
   public var failedReceive = 0.0
   /// For each item received: it arrives cut, and says so.
   public var truncatedReceive = 0.0
@@ -36,15 +37,15 @@ public struct Faults: Sendable, Equatable {
   public var fullLane = 0.0
   /// For each wait for room: it is reported although the lane is full, or the lane is full again at the next send.
   public var falseWritable = 0.0
-  /// For each send: EIO.
+  /// For each send: EIO; ENOBUFS from a packet socket.
   public var failedSend = 0.0
-  /// For each datagram: EMSGSIZE.
+  /// For each datagram and each frame to a packet socket: EMSGSIZE.
   public var tooBigSend = 0.0
   /// For each datagram: ECONNREFUSED, unsent, as after an ICMP message about an earlier one.
   public var refusedSend = 0.0
-  /// For each write to a device: EBADFD.
+  /// For each write to a device: EBADFD; ENETDOWN from a packet socket.
   public var badDescriptorSend = 0.0
-  /// For each write to a device: the kernel takes only a part. The guest gets nothing of it.
+  /// For each write to a TAP: the kernel takes only a part. The guest gets nothing of it.
   public var shortWrite = 0.0
 
   // The world.

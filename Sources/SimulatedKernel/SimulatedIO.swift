@@ -256,8 +256,8 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     }
     let vectorsMax = Int(CLINUX_SEND_VECTORS_MAX)
     message.isMalformed = vectors.isEmpty || vectors.count > vectorsMax || message.bytes.isEmpty
-    if kind == .tap {
-      // A TAP's writev takes no control message; what it needs is the virtio header.
+    if kind.isDevice {
+      // No control message is made for them; what they need is the virtio header.
       message.isMalformed = message.isMalformed || message.bytes.count < SimulatedNetwork.virtioHeaderBytes
       return message
     }
@@ -406,15 +406,25 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     while true {
       switch network.readiness(descriptor) {
       case .nothing: return
-      case .gone: return end(source, EBADFD)
+      case .gone: return end(source, kind == .packet ? ENETDOWN : EBADFD)
       case .something: break
       }
       if network.chance(network.faults.endedReceive) { return end(source, 0) }
       if network.chance(network.faults.failedReceive) {
-        return end(source, kind == .tap ? EIO : ECONNREFUSED)
+        return end(source, failure(of: kind))
       }
       if posted.isEmpty { return end(source, ENOBUFS) }
       fill(posted.popFirst(), source, memory)
+    }
+  }
+
+  /// What a receive that fails ends with.
+  private func failure(of kind: SourceKind) -> Int32 {
+    switch kind {
+    case .tap: EIO
+    // The device went down; or the next frame is a super-frame that no virtio header can tell.
+    case .packet: network.chance(0.5) ? ENETDOWN : EINVAL
+    case .vxlan, .vnetp, .waker: ECONNREFUSED
     }
   }
 
@@ -422,12 +432,12 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
   private mutating func fill(_ slot: Int, _ source: Int, _ memory: borrowing FrameMemory) {
     let kind = sources[source].kind
     let item = network.receive(sources[source].descriptor)
-    // A TAP's bytes need no room in front, a datagram's do. Where exactly they lie is not promised.
+    // A TAP's bytes need no room in front, those of a message do. Where exactly they lie is not promised.
     let least = kind == .tap ? 0 : Self.datagramOffsetMin
     let offset = network.number(in: least...FrameMemory.headroomBytes)
     var length = min(item.bytes.count, FrameMemory.slotBytes - offset)
     if length > 0, network.chance(network.faults.truncatedReceive) { length = network.below(length) }
-    if length < item.bytes.count { network.countTruncated(kind) }
+    if length < item.bytes.count { network.countTruncated(item, kind) }
 
     let start = unsafe memory.address(ofSlot: slot)
     unsafe start.initializeMemory(as: UInt8.self, repeating: 0xA5, count: offset)
@@ -476,14 +486,18 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     let descriptor = lanes[lane].descriptor
     let kind = lanes[lane].kind
     let message = lanes[lane].chain[position].message
-    if network.isGone(descriptor) { return EIO }
+    if network.isGone(descriptor) { return kind == .packet ? ENXIO : EIO }
     if lanes[lane].isFullOnce {
       lanes[lane].isFullOnce = false
       return EAGAIN
     }
     if network.chance(faults.fullLane) { return EAGAIN }
-    if network.chance(faults.failedSend) { return EIO }
-    if kind == .tap {
+    // A packet socket's device drops what its queue has no room for.
+    if network.chance(faults.failedSend) { return kind == .packet ? ENOBUFS : EIO }
+    if kind == .packet {
+      if network.chance(faults.badDescriptorSend) { return ENETDOWN }
+      if network.chance(faults.tooBigSend) { return EMSGSIZE }
+    } else if kind == .tap {
       if network.chance(faults.badDescriptorSend) { return EBADFD }
       if network.chance(faults.shortWrite) { return IOEvent.shortWrite }
     } else {
@@ -491,7 +505,7 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
       if network.chance(faults.refusedSend) { return ECONNREFUSED }
     }
     if network.strikes(.uncountedDrop, rate: 0.05) { return 0 }
-    return kind == .tap
+    return kind.isDevice
       ? network.write(descriptor, message.bytes)
       : network.send(descriptor, message.bytes, typeOfService: message.typeOfService)
   }

@@ -2,8 +2,8 @@ import CLinux
 import Datapath
 import Glibc
 
-/// Everything that simulated workers share: time, TAP devices with the guests behind them, UDP sockets, and the wire
-/// between the hosts. One thread runs all of it; the same seed gives the same run.
+/// Everything that simulated workers share: time, devices (TAPs, or others by packet sockets) with the guests behind
+/// them, UDP sockets, and the wire between the hosts. One thread runs all of it; the same seed gives the same run.
 ///
 /// The way of a frame
 /// 1. A guest's frame waits in its device queue (`inject`) until a worker's armed source takes it.
@@ -36,7 +36,8 @@ public final class SimulatedNetwork {
     public init() {}
   }
 
-  /// What became of frames and datagrams, each under exactly one name once it is not in flight any more.
+  /// What became of frames and datagrams, each under exactly one name once it is not in flight any more. A super-frame
+  /// counts as the frames that it is on the wire.
   public struct Counts: Sendable, Equatable {
     /// Frames that guests sent into a device that took them.
     public var framesInjected = 0
@@ -44,8 +45,9 @@ public final class SimulatedNetwork {
     public var framesRefused = 0
     /// Injected frames that workers received, or that went with their device.
     public var framesReceived = 0, framesLostWithDevice = 0
-    /// Of the received ones, those that arrived cut.
-    public var framesTruncated = 0
+    /// Of the received ones, those that arrived cut. A super-frame that is cut is received as one frame; the others of
+    /// it are cut off.
+    public var framesTruncated = 0, framesCutOff = 0
     /// Frames that workers wrote to devices, all of them.
     public var framesWritten = 0
     /// Writes that the device took only a part of.
@@ -141,7 +143,7 @@ public final class SimulatedNetwork {
     descriptors[index].isOpen = false
     switch descriptors[index].kind {
     case .queue(let device, let queue):
-      counts.framesLostWithDevice += devices[device].queues[queue].count
+      counts.framesLostWithDevice += devices[device].framesQueued(queue)
       devices[device].queues[queue].removeAll()
     case .socket(let socket):
       counts.closedSocket += sockets[socket].received.count
@@ -174,6 +176,20 @@ public final class SimulatedNetwork {
     var queues: [Queue<[UInt8]>] = []
     var written: [WrittenFrame] = []
     var isGone = false
+    var isFull = false
+
+    func framesQueued(_ queue: Int) -> Int { queues[queue].sum(SimulatedNetwork.wireFrames) }
+  }
+
+  /// How many frames on the wire one item of a device is: its virtio header, then the frame. A super-frame must be TCP
+  /// and its header true, as the tests' are.
+  static func wireFrames(_ item: [UInt8]) -> Int {
+    func field(_ start: Int) -> Int { Int(item[start]) | Int(item[start + 1]) << 8 }
+    // gso_type, but for its ECN bit (0x80); gso_size; csum_start.
+    guard item[1] & 0x7F != 0 else { return 1 }
+    let transport = virtioHeaderBytes + field(6)
+    let payload = item.count - transport - Int(item[transport + 12] >> 4) * 4
+    return (payload + field(4) - 1) / field(4)
   }
 
   /// A frame that a worker wrote to a device.
@@ -186,7 +202,7 @@ public final class SimulatedNetwork {
   /// Bytes of the virtio header before each frame of a device (`virtio_net_hdr_v1`, virtio 1.2 section 5.1.6).
   public static let virtioHeaderBytes = 12
 
-  /// Makes a TAP device without queues; returns its number.
+  /// Makes a device without queues; returns its number.
   public func addDevice() -> Int {
     devices.append(Device())
     return devices.count - 1
@@ -208,7 +224,7 @@ public final class SimulatedNetwork {
     let header = virtioHeader ?? [UInt8](repeating: 0, count: Self.virtioHeaderBytes)
     precondition(header.count == Self.virtioHeaderBytes)
     devices[device].queues[queue].append(header + frame)
-    counts.framesInjected += 1
+    counts.framesInjected += Self.wireFrames(header + frame)
     return true
   }
 
@@ -223,10 +239,13 @@ public final class SimulatedNetwork {
     guard !devices[device].isGone else { return }
     devices[device].isGone = true
     for queue in devices[device].queues.indices {
-      counts.framesLostWithDevice += devices[device].queues[queue].count
+      counts.framesLostWithDevice += devices[device].framesQueued(queue)
       devices[device].queues[queue].removeAll()
     }
   }
+
+  /// A device that is full takes no writes until it is told that it is not.
+  public func setFull(device: Int, _ isFull: Bool) { devices[device].isFull = isFull }
 
   public func isGone(device: Int) -> Bool { devices[device].isGone }
 
@@ -240,9 +259,10 @@ public final class SimulatedNetwork {
   func write(_ descriptor: Int32, _ bytes: [UInt8]) -> Int32 {
     guard case .queue(let device, let queue)? = kind(descriptor) else { return EBADF }
     if devices[device].isGone { return EIO }
+    if devices[device].isFull { return EAGAIN }
     // `tun_get_user` refuses what has no whole Ethernet header.
     if bytes.count < Self.virtioHeaderBytes + 14 { return EINVAL }
-    counts.framesWritten += 1
+    counts.framesWritten += Self.wireFrames(bytes)
     devices[device].written.append(
       WrittenFrame(
         queue: queue, virtioHeader: Array(bytes[..<Self.virtioHeaderBytes]),
@@ -489,8 +509,11 @@ public final class SimulatedNetwork {
 
   /// Whether a descriptor takes sends: true also for a lost device, whose sends fail at once.
   func isWritable(_ descriptor: Int32) -> Bool {
-    guard case .socket(let socket)? = kind(descriptor) else { return true }
-    return hasRoom(socket: socket)
+    switch kind(descriptor) {
+    case .socket(let socket)?: return hasRoom(socket: socket)
+    case .queue(let device, _)?: return devices[device].isGone || !devices[device].isFull
+    default: return true
+    }
   }
 
   func isGone(_ descriptor: Int32) -> Bool {
@@ -501,14 +524,14 @@ public final class SimulatedNetwork {
 
   func fits(_ descriptor: Int32, _ source: SourceKind) -> Bool {
     switch (kind(descriptor), source) {
-    case (.queue, .tap), (.socket, .vxlan), (.socket, .vnetp), (.waker, .waker): true
+    case (.queue, .tap), (.queue, .packet), (.socket, .vxlan), (.socket, .vnetp), (.waker, .waker): true
     default: false
     }
   }
 
   func fits(_ descriptor: Int32, _ lane: LaneKind) -> Bool {
     switch (kind(descriptor), lane) {
-    case (.queue, .tap): true
+    case (.queue, .tap), (.queue, .packet): true
     case (.socket(let socket), .datagramIPv4): sockets[socket].peer?.address.isIPv4 == true
     case (.socket(let socket), .datagramIPv6): sockets[socket].peer?.address.isIPv4 == false
     default: false
@@ -519,9 +542,9 @@ public final class SimulatedNetwork {
   func receive(_ descriptor: Int32) -> Datagram {
     switch kind(descriptor) {
     case .queue(let device, let queue):
-      counts.framesReceived += 1
-      return Datagram(
-        sender: UnderlayAddress(high: 0, low: 0), typeOfService: 0, bytes: devices[device].queues[queue].popFirst())
+      let bytes = devices[device].queues[queue].popFirst()
+      counts.framesReceived += Self.wireFrames(bytes)
+      return Datagram(sender: UnderlayAddress(high: 0, low: 0), typeOfService: 0, bytes: bytes)
     case .socket(let socket):
       counts.datagramsReceived += 1
       return sockets[socket].received.popFirst()
@@ -534,8 +557,16 @@ public final class SimulatedNetwork {
     descriptors[index].kind = .waker(count: 0)
   }
 
-  func countTruncated(_ source: SourceKind) {
-    if source == .tap { counts.framesTruncated += 1 } else { counts.datagramsTruncated += 1 }
+  /// One item of a source arrives cut.
+  func countTruncated(_ item: Datagram, _ source: SourceKind) {
+    guard source.isDevice else {
+      counts.datagramsTruncated += 1
+      return
+    }
+    let cutOff = Self.wireFrames(item.bytes) - 1
+    counts.framesTruncated += 1
+    counts.framesReceived -= cutOff
+    counts.framesCutOff += cutOff
   }
 
   func countSend(error: Int32, isShort: Bool) {
@@ -562,7 +593,9 @@ public final class SimulatedNetwork {
   public private(set) var unreportedCount = 0
 
   /// Frames that guests sent and no worker has received yet.
-  public var framesQueued: Int { devices.reduce(0) { $0 + $1.queues.reduce(0) { $0 + $1.count } } }
+  public var framesQueued: Int {
+    devices.reduce(0) { sum, device in sum + device.queues.indices.reduce(0) { $0 + device.framesQueued($1) } }
+  }
   /// Datagrams that were sent and no worker has received yet.
   public var datagramsInFlight: Int { datagramsOnWire + sockets.reduce(0) { $0 + $1.received.count } }
   /// Whether nothing waits in the network.
@@ -570,11 +603,22 @@ public final class SimulatedNetwork {
 
   /// Whether every frame and datagram is where the counts say: the network's own conservation.
   public var isConserved: Bool {
-    counts.framesInjected == counts.framesReceived + counts.framesLostWithDevice + framesQueued
+    counts.framesInjected
+      == counts.framesReceived + counts.framesCutOff + counts.framesLostWithDevice + framesQueued
       && counts.datagramsSent + counts.datagramsForged
         == counts.datagramsReceived + counts.lostOnWire + counts.receiveQueueFull + counts.noListener
         + counts.closedSocket + datagramsInFlight
   }
+}
+
+extension SourceKind {
+  /// Whether guests are behind it, and a virtio header before each frame.
+  var isDevice: Bool { self == .tap || self == .packet }
+}
+
+extension LaneKind {
+  /// Whether guests are behind it, and a virtio header before each frame.
+  var isDevice: Bool { self == .tap || self == .packet }
 }
 
 /// A queue over an array: first in, first out, its front freed in bulk.
@@ -596,6 +640,7 @@ struct Queue<Element> {
     }
     return item
   }
+  func sum(_ value: (Element) -> Int) -> Int { items[head...].reduce(0) { $0 + value($1) } }
   mutating func removeAll() {
     items.removeAll()
     head = 0

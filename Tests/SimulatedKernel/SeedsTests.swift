@@ -5,13 +5,15 @@ import Testing
 @testable import Datapath
 
 /// Two or three hosts with the real worker over the simulated kernel: guests send numbered frames, unicast and
-/// broadcast, in one or two domains with the same MACs, under a mixture of faults.
+/// broadcast, and super-frames, in one or two domains with the same MACs and over wires, under a mixture of faults.
 struct ForwarderRun {
   var problems: [String] = []
   var violations: [Violation] = []
   var counts = SimulatedNetwork.Counts()
   var delivered = 0
   var dropped = 0
+  /// The kind of a flow of super-frames.
+  private static let superKind = 3
   /// Every counter of domains, underlay and workers, summed.
   var reached: [Counter: Int] = [:]
   var plantedCount = 0
@@ -34,7 +36,8 @@ struct ForwarderRun {
     // For the workers to open what they were told to.
     for _ in 0..<50 { for host in hosts { try host.turn() } }
 
-    // A guest is a port of a host; its number within its domain makes its MAC, so domains use the same MACs.
+    // A guest is a port of a host; its number within its domain makes its MAC, so domains use the same MACs. Each host's
+    // wire counts as a domain of its own, behind those of all hosts.
     struct Guest {
       var host: Int
       var port: Int
@@ -46,9 +49,11 @@ struct ForwarderRun {
     var guests: [Guest] = []
     for host in 0..<plan.hosts {
       for port in 0..<plan.portCount {
-        let number = host * plan.guests + port / plan.domains
+        let place = plan.domain(ofPort: port) == nil ? port - plan.memberCount : port / plan.domains
         guests.append(
-          Guest(host: host, port: port, domain: plan.domain(ofPort: port), mac: 0x0200_0000_0001 + UInt64(number)))
+          Guest(
+            host: host, port: port, domain: plan.domain(ofPort: port) ?? plan.domains + host,
+            mac: plan.mac(ofGuest: place, host: host)))
       }
     }
     var numbers: [UInt32: UInt32] = [:]
@@ -57,8 +62,9 @@ struct ForwarderRun {
     func look() {
       for place in guests.indices {
         for written in network.takeWritten(device: hosts[guests[place].host].devices[guests[place].port]) {
-          guard let frame = guests[place].checker.check(written.frame) else { continue }
-          delivered += 1
+          let before = guests[place].checker.delivered
+          guard let frame = guests[place].checker.check(written) else { continue }
+          delivered += guests[place].checker.delivered - before
           if frame.flow >> 24 != guests[place].domain {
             problems.append("a frame of domain \(frame.flow >> 24) reached domain \(guests[place].domain)")
           }
@@ -70,7 +76,7 @@ struct ForwarderRun {
     /// A datagram that no host sent and none may forward.
     func forge() {
       let host = network.random.below(plan.hosts)
-      let peer = plan.address((host + 1) % plan.hosts)
+      let peer = plan.address(plan.peers(of: host)[0])
       // Flags, reserved, VNI, reserved; then an inner frame.
       let header: [UInt8] = [8, 0, 0, 0, 0, 0, UInt8(plan.vni(0)), 0]
       let frame = NumberedFrame(destination: NumberedFrame.broadcast, source: 0x0200_0000_0001, flow: 0, number: 0)
@@ -88,8 +94,26 @@ struct ForwarderRun {
       // The inner IP header claims more than there is.
       default: bytes = header + frame.prefix(60)
       }
-      let to = plan.address(host)
-      network.forge(bytes, from: source, port: UInt16(network.random.number(in: 1...60_000)), to: to, port: 4789)
+      send(bytes, from: source, to: host)
+    }
+
+    /// The same where the datagram is the frame.
+    func forgeVNETP() {
+      let host = network.random.below(plan.hosts)
+      let peer = plan.address(plan.peers(of: host)[0])
+      let frame = NumberedFrame(destination: NumberedFrame.broadcast, source: 0x0200_0000_0001, flow: 0, number: 0)
+        .bytes(count: 80)
+      switch network.random.below(4) {
+      case 0: send(frame, from: plan.address(100), to: host)
+      case 1: send(Array(frame.prefix(network.random.below(14))), from: peer, to: host)
+      case 2: send([8, 0, 0, 0, 0, 0, UInt8(plan.vni(0)), 0] + frame, from: peer, to: host)
+      default: send(Array(frame.prefix(60)), from: peer, to: host)
+      }
+    }
+
+    func send(_ bytes: [UInt8], from source: UnderlayAddress, to host: Int) {
+      let port = UInt16(network.random.number(in: 1...60_000))
+      network.forge(bytes, from: source, port: port, to: plan.address(host), port: plan.underlayPort)
     }
 
     var isFinished = false
@@ -98,25 +122,43 @@ struct ForwarderRun {
         let sender = guests[place]
         let device = hosts[sender.host].devices[sender.port]
         for _ in 0..<network.random.below(6) where guests[place].sent < frames {
-          let kind = network.random.below(3)
+          let isSuper = plan.isPacket(sender.port) && network.random.chance(0.3)
+          let kind = isSuper ? Self.superKind : network.random.below(3)
           let others = guests.filter { $0.domain == sender.domain && $0.mac != sender.mac }
           let isBroadcast = network.random.chance(0.1)
-          let other = network.random.below(others.count)
-          let destination = isBroadcast ? NumberedFrame.broadcast : others[other].mac
+          let isForNobody = !isBroadcast && network.random.chance(0.02)
+          let other = isBroadcast ? 255 : isForNobody ? 254 : network.random.below(others.count)
+          let destination =
+            isBroadcast ? NumberedFrame.broadcast : isForNobody ? 0x0200_0000_00FE : others[other].mac
           // Domain, sender, destination, kind: one flow.
-          let flow =
-            UInt32(sender.domain) << 24 | UInt32(place) << 16 | UInt32(isBroadcast ? 255 : other) << 8 | UInt32(kind)
+          let flow = UInt32(sender.domain) << 24 | UInt32(place) << 16 | UInt32(other) << 8 | UInt32(kind)
           let number = numbers[flow, default: 0]
+          // The guest's kernel keeps a flow on one queue.
+          let queue = Int(flow % UInt32(plan.receivers.count))
+          if isSuper {
+            let whole = NumberedSuperFrame(
+              destination: destination, source: sender.mac, flow: flow, number: number,
+              segments: network.random.number(in: 2...6),
+              lastBytes: network.random.number(
+                in: NumberedSuperFrame.lastBytesMin...NumberedSuperFrame.segmentBytes(flow: flow)))
+            guard network.inject(whole.bytes, virtioHeader: whole.virtioHeader, device: device, queue: queue) else {
+              break
+            }
+            numbers[flow] = number + UInt32(whole.segments)
+            guests[place].sent += whole.segments
+            continue
+          }
           let frame = NumberedFrame(destination: destination, source: sender.mac, flow: flow, number: number)
           let bytes = frame.bytes(count: network.random.number(in: NumberedFrame.bytesMin...300))
-          // The guest's kernel keeps a flow on one queue.
-          guard network.inject(bytes, device: device, queue: Int(flow % UInt32(plan.receivers.count))) else { break }
+          guard network.inject(bytes, device: device, queue: queue) else { break }
           numbers[flow] = number + 1
           guests[place].sent += 1
         }
         if network.isGone(device: device) { guests[place].sent = frames }
       }
-      if network.random.chance(0.02), !guests.allSatisfy({ $0.sent >= frames }) { forge() }
+      if network.random.chance(0.02), !guests.allSatisfy({ $0.sent >= frames }) {
+        if plan.encapsulation == .vxlan { forge() } else { forgeVNETP() }
+      }
       if network.random.chance(0.005) { try hosts[network.random.below(hosts.count)].publish() }
       for host in hosts { try host.turn() }
       look()
@@ -216,6 +258,7 @@ struct ForwarderRun {
     .dropBadInnerLength, .dropOversizedFrame, .dropInterfaceDown, .dropQueueFull, .dropNoSendOperation, .dropTooBig,
     .dropRefused, .dropSendFailed, .dropShortWrite, .macsLearned, .receiveRearms, .receiveStarved, .laneBlocks,
     .resends, .modeSwitches, .handedOnFrames, .takenOverFrames, .dropRingFull,
+    .dropNoRoute, .dropWrongEncapsulation,
   ]
 
   @Test("without faults nothing is dropped but what has nowhere to go")

@@ -24,6 +24,16 @@ final class SimulatedHost {
     var posted = 16
     var operations = 128
     var isIPv6 = false
+    /// VNET/P's links carry one domain.
+    var encapsulation = Encapsulation.vxlan
+    /// Links only between hosts of neighbouring numbers, which relay; otherwise between all.
+    var isChain = false
+    /// Domains, from the first on, in which rules decide, that say what learning would.
+    var domainsWithRules = 0
+    /// Whether each host has two more ports, wired to each other.
+    var hasWire = false
+    /// Whether each first guest of a domain, and of a wire, is behind a packet socket.
+    var hasPacketPorts = false
     var dispatch = Dispatch.Settings()
 
     static let layouts: [[Roles]] = [
@@ -47,6 +57,14 @@ final class SimulatedHost {
       plan.slots = plan.posted + random.number(in: 1...64)
       plan.operations = random.number(in: 4...200)
       plan.isIPv6 = random.chance(0.3)
+      if random.chance(0.2) {
+        plan.encapsulation = .vnetp
+        plan.domains = 1
+      }
+      plan.isChain = plan.hosts > 2 && random.chance(0.3)
+      plan.domainsWithRules = random.chance(0.25) ? random.number(in: 1...plan.domains) : 0
+      plan.hasWire = random.chance(0.15)
+      plan.hasPacketPorts = random.chance(0.3)
       plan.dispatch.mode = [.guestDriven, .vmmDriven, .adaptive][random.below(3)]
       plan.dispatch.yield = [.immediate, .timed, .adaptive][random.below(3)]
       // Short against a run, so that adaptive dispatch changes its mind.
@@ -60,8 +78,28 @@ final class SimulatedHost {
         ? UnderlayAddress(high: 0xFD00 << 48, low: UInt64(host + 1)) : UnderlayAddress(ipv4: 0x0A00_0001 + UInt32(host))
     }
     func vni(_ domain: Int) -> UInt32 { UInt32(42 + domain) }
-    var portCount: Int { guests * domains }
-    func domain(ofPort port: Int) -> Int { port % domains }
+    var underlayPort: UInt16 { encapsulation == .vxlan ? 4789 : VNETPFrame.portDefault }
+    /// Ports that are in a domain: the first ones.
+    var memberCount: Int { guests * domains }
+    var portCount: Int { memberCount + (hasWire ? 2 : 0) }
+    /// Nil for an end of a wire.
+    func domain(ofPort port: Int) -> Int? { port < memberCount ? port % domains : nil }
+    func index(ofDomainOfPort port: Int) -> DomainIndex { domain(ofPort: port).map { DomainIndex($0) } ?? .none }
+    func port(ofGuest guest: Int, domain: Int) -> Int { guest * domains + domain }
+    func isPacket(_ port: Int) -> Bool {
+      hasPacketPorts && (port < memberCount ? port / domains == 0 : port == memberCount)
+    }
+    /// The other end of an end of a wire.
+    func wire(ofPort port: Int) -> Int { port == memberCount ? port + 1 : memberCount }
+    /// By number within the domain, the same in all: guests of host 0 first.
+    func mac(ofGuest guest: Int, host: Int) -> UInt64 { 0x0200_0000_0001 + UInt64(host * guests + guest) }
+    /// Hosts that a host has links to.
+    func peers(of host: Int) -> [Int] { (0..<hosts).filter { isChain ? abs($0 - host) == 1 : $0 != host } }
+    /// The link of `host` that leads to another.
+    func link(of host: Int, towards other: Int) -> Int {
+      let next = isChain ? host + (other - host).signum() : other
+      return portCount + peers(of: host).firstIndex(of: next)!
+    }
   }
 
   /// A worker and control's end of it.
@@ -77,7 +115,7 @@ final class SimulatedHost {
 
     init(
       _ network: SimulatedNetwork, _ plan: Plan, _ view: SnapshotView, _ mailbox: Mailbox, _ wiring: inout Wiring,
-      number: Int
+      number: Int, links: Int
     ) {
       self.mailbox = mailbox
       network.addWaker(mailbox.workerWaker)
@@ -87,8 +125,8 @@ final class SimulatedHost {
       settings.dispatch = plan.dispatch
       settings.postedSlots = plan.posted
       settings.sources = 1 + plan.portCount + 1
-      settings.lanes = plan.portCount + (plan.hosts - 1) * plan.linkLanes
-      settings.interfaces = plan.portCount + plan.hosts - 1
+      settings.lanes = plan.portCount + links * plan.linkLanes
+      settings.interfaces = plan.portCount + links
       settings.domains = plan.domains
       settings.operations = plan.operations
       worker = Worker(
@@ -125,7 +163,9 @@ final class SimulatedHost {
     for port in 0..<plan.portCount {
       queues.append(plan.receivers.map { _ in open(network.openQueue(device: devices[port])) })
     }
-    for _ in plan.receivers { receivers.append(open(network.openSocket(plan.address(number), port: 4789))) }
+    for _ in plan.receivers {
+      receivers.append(open(network.openSocket(plan.address(number), port: plan.underlayPort)))
+    }
     let mailboxes = try plan.roles.map { _ in try Mailbox(controlWaker: -1) }
     var joining = Wiring.Settings()
     joining.slots = plan.slots
@@ -134,8 +174,9 @@ final class SimulatedHost {
     joining.batchFrames = 16
     var wiring = try Wiring(roles: plan.roles, wakers: mailboxes.map(\.workerWaker), settings: joining)
     for worker in plan.roles.indices {
-      seats.append(Seat(network, plan, snapshots[0].view, mailboxes[worker], &wiring, number: worker))
-      interfaceBlocks.append((0..<plan.portCount + plan.hosts - 1).map { _ in CounterBlock() })
+      seats.append(
+        Seat(network, plan, snapshots[0].view, mailboxes[worker], &wiring, number: worker, links: peers.count))
+      interfaceBlocks.append((0..<plan.portCount + peers.count).map { _ in CounterBlock() })
       domainBlocks.append((0..<plan.domains).map { _ in CounterBlock() })
     }
     for worker in 0..<plan.workers { configure(worker) }
@@ -152,24 +193,57 @@ final class SimulatedHost {
     return descriptor
   }
 
-  private var peers: [Int] { (0..<plan.hosts).filter { $0 != number } }
+  private var peers: [Int] { plan.peers(of: number) }
 
   private func makeSnapshot(version: UInt64) throws -> Snapshot {
     var interfaces: [Snapshot.Interface] = []
     for port in 0..<plan.portCount {
-      interfaces.append(
-        Snapshot.Interface(
-          InterfaceIndex(port), .port(domain: DomainIndex(plan.domain(ofPort: port))), mtuBytes: 1450))
+      let kind: Snapshot.Interface.Kind =
+        if let domain = plan.domain(ofPort: port) {
+          .port(domain: DomainIndex(domain))
+        } else {
+          .passthrough(to: InterfaceIndex(plan.wire(ofPort: port)))
+        }
+      interfaces.append(Snapshot.Interface(InterfaceIndex(port), kind, mtuBytes: 1450))
     }
     for (place, peer) in peers.enumerated() {
       interfaces.append(
         Snapshot.Interface(
           InterfaceIndex(plan.portCount + place),
-          .link(peer: plan.address(peer), domains: (0..<plan.domains).map { DomainIndex($0) }), mtuBytes: 1450))
+          .link(
+            peer: plan.address(peer), domains: (0..<plan.domains).map { DomainIndex($0) },
+            encapsulation: plan.encapsulation, isRelay: plan.isChain), mtuBytes: 1450))
     }
     return try Snapshot(
       version: version, interfaces: interfaces,
-      domains: (0..<plan.domains).map { Snapshot.Domain(DomainIndex($0), vni: plan.vni($0), macs: tables[$0]) })
+      domains: (0..<plan.domains).map {
+        Snapshot.Domain(
+          DomainIndex($0), vni: plan.vni($0), macs: tables[$0],
+          forwarding: $0 < plan.domainsWithRules ? .routes(rules(ofDomain: $0)) : .learning)
+      })
+  }
+
+  /// What learning would come to: each guest's MAC to where it is; what is for all to the others, from a link to other
+  /// links only in a chain.
+  private func rules(ofDomain domain: Int) -> [VNETRoute] {
+    var rules: [VNETRoute] = []
+    for host in 0..<plan.hosts {
+      for guest in 0..<plan.guests {
+        let place = host == number ? plan.port(ofGuest: guest, domain: domain) : plan.link(of: number, towards: host)
+        let mac = MACAddress(bits: plan.mac(ofGuest: guest, host: host))
+        rules.append(VNETRoute(source: .any, destination: .exact(mac), to: InterfaceIndex(place)))
+      }
+    }
+    let links = Set(plan.portCount..<plan.portCount + peers.count)
+    let members = (0..<plan.guests).map { plan.port(ofGuest: $0, domain: domain) } + links.sorted()
+    let all = MACPattern.exact(MACAddress(bits: NumberedFrame.broadcast))
+    for from in members {
+      for to in members where to != from && (plan.isChain || !links.contains(from) || !links.contains(to)) {
+        rules.append(
+          VNETRoute(source: .any, destination: all, from: .interface(InterfaceIndex(from)), to: InterfaceIndex(to)))
+      }
+    }
+    return rules
   }
 
   private func configure(_ worker: Int) {
@@ -179,7 +253,8 @@ final class SimulatedHost {
     for port in 0..<plan.portCount {
       let index = InterfaceIndex(port)
       let record = InterfaceRecord(
-        .tap, laneFirst: port, laneCount: 1, counters: interfaceBlocks[worker][port].writer)
+        plan.isPacket(port) ? .packet : .tap, laneFirst: port, laneCount: 1,
+        counters: interfaceBlocks[worker][port].writer)
       send(.addInterface(index, record), to: worker)
       openLane(port, at: worker)
       openSource(port, at: worker)
@@ -188,11 +263,12 @@ final class SimulatedHost {
       let index = InterfaceIndex(plan.portCount + place)
       let first = plan.portCount + place * plan.linkLanes
       let record = InterfaceRecord(
-        .vxlan, laneFirst: first, laneCount: plan.linkLanes, counters: interfaceBlocks[worker][index.index].writer)
+        plan.encapsulation == .vxlan ? .vxlan : .vnetp, laneFirst: first, laneCount: plan.linkLanes,
+        counters: interfaceBlocks[worker][index.index].writer)
       send(.addInterface(index, record), to: worker)
       for lane in first..<first + plan.linkLanes where plan.roles[worker].contains(.transmit) {
         let socket = open(
-          network.openSocket(plan.address(number), connectedTo: plan.address(peer), port: 4789))
+          network.openSocket(plan.address(number), connectedTo: plan.address(peer), port: plan.underlayPort))
         let kind: LaneKind = plan.isIPv6 ? .datagramIPv6 : .datagramIPv4
         send(.openLane(lane, kind, interface: index, descriptor: socket), to: worker)
       }
@@ -204,22 +280,26 @@ final class SimulatedHost {
     guard let receiver = plan.receivers.firstIndex(of: worker) else { return }
     send(
       .openSource(
-        1 + plan.portCount, .vxlan, interface: .none, domain: .none, descriptor: receivers[receiver]), to: worker)
+        1 + plan.portCount, plan.encapsulation == .vxlan ? .vxlan : .vnetp, interface: .none, domain: .none,
+        descriptor: receivers[receiver]), to: worker)
   }
 
   private func openSource(_ port: Int, at worker: Int) {
     guard let receiver = plan.receivers.firstIndex(of: worker) else { return }
     send(
       .openSource(
-        1 + port, .tap, interface: InterfaceIndex(port), domain: DomainIndex(plan.domain(ofPort: port)),
-        descriptor: queues[port][receiver]), to: worker)
+        1 + port, plan.isPacket(port) ? .packet : .tap, interface: InterfaceIndex(port),
+        domain: plan.index(ofDomainOfPort: port), descriptor: queues[port][receiver]), to: worker)
   }
 
   /// A worker writes to the queue that it reads, if it reads one.
   private func openLane(_ port: Int, at worker: Int) {
     guard plan.roles[worker].contains(.transmit) else { return }
     let queue = plan.receivers.firstIndex(of: worker) ?? worker % plan.receivers.count
-    send(.openLane(port, .tap, interface: InterfaceIndex(port), descriptor: queues[port][queue]), to: worker)
+    send(
+      .openLane(
+        port, plan.isPacket(port) ? .packet : .tap, interface: InterfaceIndex(port), descriptor: queues[port][queue]),
+      to: worker)
   }
 
   private func send(_ command: Command, to worker: Int) {
@@ -327,12 +407,13 @@ final class SimulatedHost {
 
   /// The sum of a counter over the workers and over the host's ports, its links, or its underlay.
   func ports(_ counter: Counter) -> Int { sum(counter, 0..<plan.portCount) }
-  func links(_ counter: Counter) -> Int { sum(counter, plan.portCount..<plan.portCount + plan.hosts - 1) }
+  func links(_ counter: Counter) -> Int { sum(counter, plan.portCount..<plan.portCount + peers.count) }
   func underlay(_ counter: Counter) -> Int { seats.reduce(0) { $0 + Int($1.underlay.value(counter)) } }
   func workers(_ counter: Counter) -> Int { seats.reduce(0) { $0 + Int($1.counters.value(counter)) } }
   func domains(_ counter: Counter) -> Int {
     domainBlocks.reduce(0) { $0 + $1.reduce(0) { $0 + Int($1.value(counter)) } }
   }
+  func port(_ port: Int, _ counter: Counter) -> Int { sum(counter, port..<port + 1) }
   private func sum(_ counter: Counter, _ range: Range<Int>) -> Int {
     interfaceBlocks.reduce(0) { sum, blocks in sum + range.reduce(0) { $0 + Int(blocks[$1].value(counter)) } }
   }
