@@ -187,7 +187,7 @@ private struct Ring: ~Copyable {
   /// Three guests broadcast, in a random order and into each other's storms, until every router holds each of them.
   private func freezeAll(_ ring: inout Ring, seed: UInt64, now: TurnClock) -> Bool {
     var random = RoutingRandom(seed)
-    for _ in 0..<40 {
+    for _ in 0..<16 {
       for guest in (0..<3).shuffled(using: &random) {
         ring.enter(Ring.Frame(source: testMAC(guest + 1), destination: testBroadcast), at: guest, now: now)
         for _ in 0..<Int.random(in: 0...20, using: &random) { _ = ring.stepAll(now: now) }
@@ -236,7 +236,7 @@ private struct Ring: ~Copyable {
       var ring = try Ring(seed: seed)
       let now = TurnClock(seconds: 1)
       var random = RoutingRandom(seed)
-      for _ in 0..<40 {
+      for _ in 0..<16 {
         for guest in (0..<3).shuffled(using: &random) {
           ring.enter(Ring.Frame(source: testMAC(guest + 1), destination: testBroadcast), at: guest, now: now)
           for _ in 0..<Int.random(in: 0...20, using: &random) { _ = ring.step(now: now) }
