@@ -380,6 +380,37 @@ let soundRules = """
           "f.toml:63:1: tuning.cpus: route and tx share CPU 1: they take turns there, as in layout fused; give each "
             + "stage CPUs of its own, or use layout = \"fused\""
         ])
+    #expect(
+      try warnings(soundRules.replacing("second_max = 1000", with: "second_max = 0"))
+        == [
+          "f.toml:12:1: domain[1].flood_frames_per_second_max: link[1] relays, and without a limit a frame in a loop "
+            + "of links goes round for ever; leave it out to have 10000, or set a limit"
+        ])
+  }
+
+  @Test func floodsAreLimitedByDefaultWhereALinkRelays() throws {
+    func limits(_ text: String) throws -> [Int] {
+      let configuration = try Configuration.parse(text, file: "f.toml", environment: fixedEnvironment())
+      return configuration.domains.map(\.floodFramesPerSecondMax)
+    }
+    let limit = Schema.relayFloodFramesPerSecondMax
+    let unset = soundRules.replacing("flood_frames_per_second_max = 1000\n", with: "")
+    // In "blue" rules decide, so nothing is relayed there, whatever its link says.
+    #expect(try limits(unset) == [0, limit])
+    #expect(
+      try limits(unset.replacing("domains = [\"blue\"]", with: "domains = [\"blue\"]\nrelay = true")) == [0, limit])
+    #expect(try limits(unset.replacing("relay = true", with: "relay = false")) == [0, 0])
+    // A link that names no domain carries all of them.
+    #expect(try limits(unset.replacing("domains = [\"green\"]\n", with: "")) == [0, limit])
+    #expect(try warnings(unset) == [])
+    // What is written is kept.
+    for written in [0, 1, 1_000_000_000] {
+      #expect(try limits(soundRules.replacing("second_max = 1000", with: "second_max = \(written)")) == [0, written])
+    }
+    #expect(
+      try warnings(
+        soundRules.replacing("second_max = 1000", with: "second_max = 0")
+          .replacing("relay = true", with: "relay = false")) == [])
   }
 
   @Test(arguments: [

@@ -7,6 +7,7 @@ private struct MACTableModel {
   struct Entry {
     var location: InterfaceIndex
     var lastSeen: UInt32
+    var home: InterfaceIndex
     var windowStart: UInt32 = 0
     var moves = 0
     var frozenSince: UInt32?
@@ -19,12 +20,19 @@ private struct MACTableModel {
   mutating func learn(_ mac: UInt64, at location: InterfaceIndex, now: UInt32) -> MACTable.Learned {
     guard var entry = entries[mac] else {
       guard entries.count < macsMax else { return .limited }
-      entries[mac] = Entry(location: location, lastSeen: now)
+      entries[mac] = Entry(location: location, lastSeen: now, home: location)
       return .learned
     }
     if entry.location == location {
-      entries[mac]!.lastSeen = now
-      return entry.frozenSince.map { now - $0 < MACTable.freezeSeconds } ?? false ? .held : .known
+      entry.lastSeen = now
+      let isFrozen = entry.frozenSince.map { now - $0 < MACTable.freezeSeconds } ?? false
+      if !isFrozen && (entry.moves == 0 || now - entry.windowStart >= MACTable.flapWindowSeconds) {
+        entry.home = location
+        entry.moves = 0
+        entry.frozenSince = nil
+      }
+      entries[mac] = entry
+      return isFrozen ? .held : .known
     }
     if let since = entry.frozenSince {
       if now - since < MACTable.freezeSeconds { return .frozen }
@@ -36,10 +44,13 @@ private struct MACTableModel {
       entry.windowStart = now
     }
     if entry.moves == MACTable.movesMax {
+      // Brought home, if it is not there, and frozen.
+      changes += entry.location == entry.home ? 1 : 2
       entry.frozenSince = now
+      entry.moves = 0
+      entry.location = entry.home
       entries[mac] = entry
-      changes += 1
-      return .froze
+      return location == entry.home ? .frozeHere : .froze
     }
     entry.moves += 1
     entry.location = location
@@ -47,6 +58,15 @@ private struct MACTableModel {
     entries[mac] = entry
     changes += 1
     return .moved
+  }
+
+  mutating func removeAll(at location: InterfaceIndex) -> Int {
+    for (mac, entry) in entries where entry.home == location {
+      entries[mac]!.home = entry.location
+      entries[mac]!.moves = 0
+      entries[mac]!.frozenSince = nil
+    }
+    return remove { $0.location == location }
   }
 
   mutating func remove(where isGone: (Entry) -> Bool) -> Int {
@@ -94,25 +114,96 @@ private struct MACTableModel {
     #expect(table.count == 1)
   }
 
-  @Test func `A MAC that flaps is frozen where it is, and followed again when the freeze is over`() {
+  @Test(arguments: [2, 3, 4, 5])
+  func `A MAC that flaps is frozen where it was at first, and followed again when that is over`(placeCount: Int) {
     let table = MACTable(macsMax: 100)
-    let places = [a, b]
-    _ = table.reference.learn(testMAC(1), at: a, nowSeconds: 100)
+    let places = (0..<placeCount).map { InterfaceIndex($0) }
+    let home = places[0]
+    #expect(table.reference.learn(testMAC(1), at: home, nowSeconds: 100) == .learned)
     for move in 1...MACTable.movesMax {
-      #expect(table.reference.learn(testMAC(1), at: places[move % 2], nowSeconds: 100) == .moved)
+      #expect(table.reference.learn(testMAC(1), at: places[move % placeCount], nowSeconds: 100) == .moved)
     }
-    let here = places[MACTable.movesMax % 2]
-    let there = places[(MACTable.movesMax + 1) % 2]
-    #expect(table.reference.learn(testMAC(1), at: there, nowSeconds: 101) == .froze)
-    #expect(table.reference.lookup(testMAC(1)) == here)
-    #expect(table.reference.learn(testMAC(1), at: there, nowSeconds: 101) == .frozen)
-    #expect(table.reference.learn(testMAC(1), at: here, nowSeconds: 102) == .held)
+    let last = places[MACTable.movesMax % placeCount]
+    #expect(table.reference.learn(testMAC(1), at: last, nowSeconds: 101) == .known)
+    let before = table.reference.generation
+    let next = places[(MACTable.movesMax + 1) % placeCount]
+    #expect(table.reference.learn(testMAC(1), at: next, nowSeconds: 101) == (next == home ? .frozeHere : .froze))
+    #expect(table.reference.generation != before)
+    #expect(table.reference.lookup(testMAC(1)) == home)
+    for place in places {
+      #expect(table.reference.learn(testMAC(1), at: place, nowSeconds: 102) == (place == home ? .held : .frozen))
+      #expect(table.reference.lookup(testMAC(1)) == home)
+    }
     #expect(table.entries(nowSeconds: 102).map(\.isFrozen) == [true])
-    #expect(table.reference.learn(testMAC(1), at: there, nowSeconds: 100 + MACTable.freezeSeconds) == .frozen)
-    #expect(table.reference.lookup(testMAC(1)) == here)
-    #expect(table.entries(nowSeconds: 101 + MACTable.freezeSeconds).map(\.isFrozen) == [false])
-    #expect(table.reference.learn(testMAC(1), at: there, nowSeconds: 101 + MACTable.freezeSeconds) == .moved)
-    #expect(table.reference.lookup(testMAC(1)) == there)
+    let last60 = 100 + MACTable.freezeSeconds
+    #expect(table.reference.learn(testMAC(1), at: places[1], nowSeconds: last60) == .frozen)
+    #expect(table.reference.lookup(testMAC(1)) == home)
+    #expect(table.entries(nowSeconds: last60 + 1).map(\.isFrozen) == [false])
+    #expect(table.reference.learn(testMAC(1), at: places[1], nowSeconds: last60 + 1) == .moved)
+    #expect(table.reference.lookup(testMAC(1)) == places[1])
+  }
+
+  @Test func `A guest that moved has its home at the new place once it was heard there after the window`() {
+    for rests in [true, false] {
+      let table = MACTable(macsMax: 100)
+      func learn(_ place: Int, _ second: UInt32) -> MACTable.Learned {
+        table.reference.learn(testMAC(1), at: InterfaceIndex(place), nowSeconds: second)
+      }
+      _ = learn(1, 1)
+      #expect(learn(2, 1) == .moved)
+      #expect(table.reference.lookup(testMAC(1)) == InterfaceIndex(2))
+      let later = rests ? 1 + MACTable.flapWindowSeconds : MACTable.flapWindowSeconds
+      #expect(learn(2, later) == .known)
+      // Within the window the first move counts.
+      for move in 0..<MACTable.movesMax - (rests ? 0 : 1) { #expect(learn(move % 2 + 3, later) == .moved) }
+      #expect(learn(5, later) == .froze)
+      #expect(table.reference.lookup(testMAC(1)) == InterfaceIndex(rests ? 2 : 1))
+    }
+  }
+
+  @Test func `A flap that came to rest somewhere leaves the home where it was`() {
+    let table = MACTable(macsMax: 100)
+    _ = table.reference.learn(testMAC(1), at: a, nowSeconds: 1)
+    for move in 1...3 { _ = table.reference.learn(testMAC(1), at: InterfaceIndex(10 + move), nowSeconds: 1) }
+    for move in 1...MACTable.movesMax {
+      #expect(table.reference.learn(testMAC(1), at: InterfaceIndex(20 + move), nowSeconds: 100) == .moved)
+    }
+    #expect(table.reference.learn(testMAC(1), at: a, nowSeconds: 100) == .frozeHere)
+    #expect(table.reference.lookup(testMAC(1)) == a)
+  }
+
+  @Test func `A MAC whose home leaves is free, and frozen only where it is heard from then on`() {
+    for isFrozen in [true, false] {
+      let table = MACTable(macsMax: 100)
+      func learn(_ place: InterfaceIndex) -> MACTable.Learned {
+        table.reference.learn(testMAC(1), at: place, nowSeconds: 1)
+      }
+      _ = learn(a)
+      let places = [b, InterfaceIndex(3), InterfaceIndex(4)]
+      for move in 0..<MACTable.movesMax { #expect(learn(places[move % 3]) == .moved) }
+      if isFrozen { #expect(learn(places[2]) == .froze) }
+      #expect(table.removeAll(at: a) == (isFrozen ? 1 : 0))
+      let home = places[(MACTable.movesMax - 1) % 3]
+      #expect(learn(home) == (isFrozen ? .learned : .known))
+      for move in 0..<MACTable.movesMax { #expect(learn(InterfaceIndex(move + 10)) == .moved) }
+      #expect(learn(InterfaceIndex(20)) == .froze)
+      #expect(table.reference.lookup(testMAC(1)) == home)
+    }
+  }
+
+  @Test func `A freeze is over after any silence, also where the count of seconds in the table comes round`() {
+    for silence in [60, 61, 1_000, 1_023, 1_024, 2_048, 4_095, 4_096, 4_097, 4_150, 8_192, 1 << 20] as [UInt32] {
+      for start in [1, 4_090, 4_096, 100_000] as [UInt32] {
+        let table = MACTable(macsMax: 100)
+        for move in 0...MACTable.movesMax + 1 {
+          _ = table.reference.learn(testMAC(1), at: InterfaceIndex(move), nowSeconds: start)
+        }
+        #expect(table.entries(nowSeconds: start + 59).map(\.isFrozen) == [true])
+        #expect(table.reference.learn(testMAC(1), at: b, nowSeconds: start + 59) == .frozen)
+        #expect(table.entries(nowSeconds: start + silence).map(\.isFrozen) == [false])
+        #expect(table.reference.learn(testMAC(1), at: b, nowSeconds: start + silence) == .moved)
+      }
+    }
   }
 
   @Test func `Moves further apart than the window never freeze`() {
@@ -163,7 +254,7 @@ private struct MACTableModel {
         for move in 1...MACTable.movesMax {
           #expect(table.reference.learn(mac, at: InterfaceIndex(move + 1), nowSeconds: second) == .moved)
         }
-        #expect(table.reference.learn(mac, at: a, nowSeconds: second) == .froze)
+        #expect(table.reference.learn(mac, at: a, nowSeconds: second) == .frozeHere)
       }
       #expect(table.sweep(nowSeconds: second + 1, ageingSeconds: 1) == 8)
     }
@@ -245,7 +336,7 @@ private struct MACTableModel {
         aged += expected
         try #require(table.sweep(nowSeconds: now, ageingSeconds: 30) == expected, "step \(step)")
       default:
-        let expected = model.remove { $0.location == place }
+        let expected = model.removeAll(at: place)
         try #require(table.removeAll(at: place) == expected, "step \(step)")
       }
       try #require(table.count == model.entries.count, "step \(step)")
@@ -259,8 +350,8 @@ private struct MACTableModel {
       try #require(Set(table.entries(nowSeconds: now)) == Set(expected), "step \(step)")
     }
     // The run is worth something only if everything came up.
-    for learned in [MACTable.Learned.known, .held, .learned, .moved, .frozen, .froze, .limited] {
-      #expect(seen[learned, default: 0] > 20, "\(learned)")
+    for learned in [MACTable.Learned.known, .held, .learned, .moved, .frozen, .froze, .frozeHere, .limited] {
+      #expect(seen[learned, default: 0] > 10, "\(learned)")
     }
     #expect(aged > 20)
     #expect(seen[.skipped] == nil)

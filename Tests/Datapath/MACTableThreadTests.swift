@@ -132,6 +132,40 @@ private func expectConverged(_ table: MACTable, now: UInt32) {
     #expect(shared.moves.load(ordering: .relaxed) == 299)
   }
 
+  @Test func `Several workers that hear a MAC flap freeze it once, at the place where it was at first`() {
+    let places = 6
+    let rounds = 2_000
+    let table = MACTable(macsMax: 64)
+    let shared = Shared()
+    let freezes = Atomic<Int>(0)
+    for round in 0..<rounds {
+      let mac = testMAC(round)
+      let home = InterfaceIndex(round % places)
+      _ = table.reference.learn(mac, at: home, nowSeconds: 1)
+      onThreads(3) { thread in
+        var random = RoutingRandom(UInt64(round * 3 + thread))
+        for _ in 0..<12 {
+          let place = InterfaceIndex(Int.random(in: 0..<places, using: &random))
+          switch table.reference.learn(mac, at: place, nowSeconds: 1) {
+          case .moved: shared.moves.wrappingAdd(1, ordering: .relaxed)
+          case .froze, .frozeHere: freezes.wrappingAdd(1, ordering: .relaxed)
+          case .held: if place != home { shared.wrong.wrappingAdd(1, ordering: .relaxed) }
+          case .frozen: if place == home { shared.wrong.wrappingAdd(1, ordering: .relaxed) }
+          default: break
+          }
+        }
+      }
+      // Nobody hears it again: the last who moved it has brought it home.
+      if table.reference.lookup(mac) != home { shared.wrong.wrappingAdd(1, ordering: .relaxed) }
+      _ = table.removeAll(at: home)
+    }
+    #expect(shared.wrong.load(ordering: .relaxed) == 0)
+    #expect(freezes.load(ordering: .relaxed) == rounds)
+    // Two workers at most move it between the last that was counted and the freeze.
+    let moves = shared.moves.load(ordering: .relaxed)
+    #expect(moves >= rounds * MACTable.movesMax && moves <= rounds * (MACTable.movesMax + 2))
+  }
+
   @Test func `The limit holds when several threads learn more than it allows`() {
     let table = MACTable(macsMax: 500)
     let over = Atomic<Int>(0)

@@ -67,9 +67,38 @@ private struct Ring: ~Copyable {
   mutating func step(now: TurnClock) -> Bool {
     let busy = queues.indices.filter { !queues[$0].isEmpty }
     guard let queue = busy.randomElement(using: &random) else { return false }
+    takeHop(of: queue, now)
+    return true
+  }
+
+  private mutating func takeHop(of queue: Int, _ now: TurnClock) {
     forwards += 1
     forward(queues[queue].removeFirst(), at: queue / 2, from: queue % 2 == 0 ? Self.left : Self.right, now)
-    return true
+  }
+
+  /// Every frame that is on its way goes one hop, all in the same time: so what comes straight is before what comes
+  /// round. False when none is on its way.
+  mutating func stepAll(now: TurnClock) -> Bool {
+    var remaining = queues.map(\.count)
+    var isAny = false
+    while let queue = queues.indices.filter({ remaining[$0] > 0 }).randomElement(using: &random) {
+      isAny = true
+      remaining[queue] -= 1
+      takeHop(of: queue, now)
+    }
+    return isAny
+  }
+
+  /// Where a router has an address.
+  func location(of mac: UInt64, at router: Int) -> InterfaceIndex { tables[router].reference.lookup(mac) }
+
+  func isFrozen(_ mac: UInt64, at router: Int, now: TurnClock) -> Bool {
+    tables[router].entries(nowSeconds: now.seconds).contains { $0.mac == mac && $0.isFrozen }
+  }
+
+  /// The way from a router to another's guest that takes the fewest hops.
+  static func way(from router: Int, to other: Int) -> InterfaceIndex {
+    router == other ? port : (router + 1) % 3 == other ? right : left
   }
 
   /// Loses one frame that is on its way, if there is one.
@@ -123,7 +152,8 @@ private struct Ring: ~Copyable {
       // All in one second, as a storm would be.
       while ring.forwards < 10_000, ring.step(now: TurnClock(seconds: 1)) {}
       most = max(most, ring.forwards)
-      frozen += ring.drops[.dropFrozenSource, default: 0] > 0 ? 1 : 0
+      let isFrozen = (0..<3).contains { ring.isFrozen(testMAC(1), at: $0, now: TurnClock(seconds: 1)) }
+      frozen += isFrozen ? 1 : 0
       let reached = ring.delivered.enumerated().filter { $0.offset != Int(seed % 3) }.allSatisfy { $0.element > 0 }
       try #require(reached, "seed \(seed): the other two guests got it")
     }
@@ -143,6 +173,92 @@ private struct Ring: ~Copyable {
       // The first hundred end the storm; of the others none goes further than one round.
       try #require(ring.forwards - forwards <= 99 * 6, "seed \(seed): \(ring.forwards - forwards) hops")
     }
+  }
+
+  /// Enters a frame, lets it go where it goes, and says how often each guest got it.
+  private func deliveries(_ ring: inout Ring, _ frame: Ring.Frame, at router: Int, now: TurnClock) -> [Int] {
+    let before = ring.delivered
+    let hopsMax = ring.forwards + 10_000
+    ring.enter(frame, at: router, now: now)
+    while ring.forwards < hopsMax, ring.stepAll(now: now) {}
+    return zip(ring.delivered, before).map { $0 - $1 }
+  }
+
+  /// Three guests broadcast, in a random order and into each other's storms, until every router holds each of them.
+  private func freezeAll(_ ring: inout Ring, seed: UInt64, now: TurnClock) -> Bool {
+    var random = RoutingRandom(seed)
+    for _ in 0..<16 {
+      for guest in (0..<3).shuffled(using: &random) {
+        ring.enter(Ring.Frame(source: testMAC(guest + 1), destination: testBroadcast), at: guest, now: now)
+        for _ in 0..<Int.random(in: 0...20, using: &random) { _ = ring.stepAll(now: now) }
+      }
+    }
+    while ring.forwards < 100_000, ring.stepAll(now: now) {}
+    return ring.forwards < 100_000
+  }
+
+  @Test func `In a ring that froze, each broadcast comes once and each guest is reached, for 500 seeds`() throws {
+    var frozen = 0
+    for seed in 1...500 as ClosedRange<UInt64> {
+      var ring = try Ring(seed: seed)
+      try #require(freezeAll(&ring, seed: seed, now: TurnClock(seconds: 1)), "seed \(seed): it comes to rest")
+      for second in [2, 30, MACTable.freezeSeconds] {
+        let now = TurnClock(seconds: second)
+        for guest in 0..<3 {
+          let mac = testMAC(guest + 1)
+          for router in 0..<3 {
+            frozen += ring.isFrozen(mac, at: router, now: now) ? 1 : 0
+            try #require(
+              ring.location(of: mac, at: router) == Ring.way(from: router, to: guest),
+              "seed \(seed): guest \(guest) at router \(router)")
+          }
+          let broadcast = Ring.Frame(source: mac, destination: testBroadcast)
+          let copies = deliveries(&ring, broadcast, at: guest, now: now)
+          try #require(copies == (0..<3).map { $0 == guest ? 0 : 1 }, "seed \(seed): broadcast of guest \(guest)")
+          let unknown = Ring.Frame(source: mac, destination: testMAC(99))
+          let floods = deliveries(&ring, unknown, at: guest, now: now)
+          try #require(floods == copies, "seed \(seed): a frame of guest \(guest) to nobody")
+          for other in 0..<3 where other != guest {
+            let frame = Ring.Frame(source: mac, destination: testMAC(other + 1))
+            let reached = deliveries(&ring, frame, at: guest, now: now)
+            try #require(reached == (0..<3).map { $0 == other ? 1 : 0 }, "seed \(seed): \(guest) to \(other)")
+          }
+        }
+      }
+    }
+    #expect(frozen > 500 * 3 * 3, "it is the freeze that does it")
+  }
+
+  @Test func `In a ring whose hops take any time a frozen guest is reached, and no broadcast comes twice`() throws {
+    let later = TurnClock(seconds: 30)
+    var reachable = 0
+    for seed in 1...500 as ClosedRange<UInt64> {
+      var ring = try Ring(seed: seed)
+      let now = TurnClock(seconds: 1)
+      var random = RoutingRandom(seed)
+      for _ in 0..<16 {
+        for guest in (0..<3).shuffled(using: &random) {
+          ring.enter(Ring.Frame(source: testMAC(guest + 1), destination: testBroadcast), at: guest, now: now)
+          for _ in 0..<Int.random(in: 0...20, using: &random) { _ = ring.step(now: now) }
+        }
+      }
+      while ring.forwards < 100_000, ring.step(now: now) {}
+      for guest in 0..<3 {
+        let broadcast = Ring.Frame(source: testMAC(guest + 1), destination: testBroadcast)
+        let copies = deliveries(&ring, broadcast, at: guest, now: later)
+        try #require(copies[guest] == 0 && copies.max() == 1, "seed \(seed): broadcast of \(guest): \(copies)")
+        for other in 0..<3 where other != guest {
+          // A router that saw too few moves to freeze a guest follows each of its frames, whichever way it came.
+          let isHeld = (0..<3).allSatisfy { ring.isFrozen(testMAC(other + 1), at: $0, now: later) }
+          guard isHeld else { continue }
+          reachable += 1
+          let frame = Ring.Frame(source: testMAC(guest + 1), destination: testMAC(other + 1))
+          let reached = deliveries(&ring, frame, at: guest, now: later)
+          try #require(reached == (0..<3).map { $0 == other ? 1 : 0 }, "seed \(seed): \(guest) to \(other)")
+        }
+      }
+    }
+    #expect(reachable > 500, "\(reachable) of 3,000")
   }
 
   @Test func `After the freeze a broken ring forwards to the guest again`() throws {
@@ -240,15 +356,16 @@ private struct Ring: ~Copyable {
       if case .flood(let targets) = decision.action { Array(targets) } else { nil }
     }
     _ = decide(&router, 2, testBroadcast, portB)
-    _ = decide(&router, 1, testBroadcast, relay)
-    for move in 1...MACTable.movesMax { _ = decide(&router, 1, testBroadcast, move % 2 == 1 ? portA : relay) }
-    // It is at port A now; one move back, so that a relay holds it. Another worker has cached a flood from there.
-    let held = MACTable.movesMax % 2 == 1 ? portA : relay
-    let elsewhere = held == portA ? relay : portA
-    let before = decide(&witness, 1, testBroadcast, held)
+    let (held, elsewhere) = (portA, relay)
+    for move in 0...MACTable.movesMax { _ = decide(&router, 1, testBroadcast, [portA, relay, other][move % 3]) }
+    // Wherever the moves end, another worker has cached a flood from there.
+    let last = [portA, relay, other][MACTable.movesMax % 3]
+    let before = decide(&witness, 1, testBroadcast, last)
     #expect(before.learned == .known && targets(before)?.count == 3)
-    let froze = decide(&router, 1, testBroadcast, elsewhere)
+    let froze = decide(&router, 1, testBroadcast, relay)
     #expect(froze.action == .drop(.dropFrozenSource) && froze.learned == .froze)
+    let after = decide(&witness, 1, testBroadcast, last)
+    #expect(after.action == .drop(.dropFrozenSource) && after.learned == .frozen)
     for _ in 0..<2 {
       let broadcast = decide(&router, 1, testBroadcast, elsewhere)
       #expect(broadcast.action == .drop(.dropFrozenSource) && broadcast.learned == .frozen)
@@ -260,8 +377,10 @@ private struct Ring: ~Copyable {
       let own = decide(&witness, 1, testBroadcast, held)
       #expect(own.learned == .held && targets(own) == [portB, relay, other])
     }
-    // The same with the place that holds it behind a relay: to ports alone.
-    for move in 0...MACTable.movesMax + 1 { _ = decide(&router, 3, testBroadcast, move % 2 == 0 ? portA : relay) }
+    // The same with the place that holds it behind a relay: to ports alone, the frame that froze it too.
+    for move in 0...MACTable.movesMax { _ = decide(&router, 3, testBroadcast, [relay, portA, other][move % 3]) }
+    let frozeHere = decide(&router, 3, testBroadcast, relay)
+    #expect(frozeHere.learned == .frozeHere && targets(frozeHere) == [portA, portB])
     #expect(macs.reference.lookup(testMAC(3)) == relay)
     let relayed = decide(&router, 3, testBroadcast, relay)
     #expect(relayed.learned == .held && targets(relayed) == [portA, portB])

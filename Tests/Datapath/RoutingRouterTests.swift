@@ -213,13 +213,14 @@ private func route(
     _ = route(&router, 2, testBroadcast, Network.portB)
     let places = [Network.portA, Network.linkA]
     for move in 0...MACTable.movesMax { _ = route(&router, 1, testBroadcast, places[move % 2]) }
-    let elsewhere = places[(MACTable.movesMax + 1) % 2]
-    let froze = route(&router, 1, testMAC(2), elsewhere)
+    let froze = route(&router, 1, testMAC(2), Network.linkB)
     #expect(froze == Decision(.unicast(Network.portB), .froze))
-    for _ in 0..<3 {
+    for elsewhere in [Network.linkA, Network.linkB, Network.linkA] {
       let frozen = route(&router, 1, testMAC(2), elsewhere)
       #expect(frozen == Decision(.unicast(Network.portB), .frozen))
     }
+    let held = route(&router, 1, testMAC(2), Network.portA)
+    #expect(held == Decision(.unicast(Network.portB), .held))
   }
 
   @Test func `At the limit frames of unlearned sources are forwarded and counted each time`() throws {

@@ -231,6 +231,20 @@ extension Draft {
         "it does nothing in \(ruled.map { "\"\($0)\"" }.joined(separator: " and ")), where rules alone decide",
         "leave it out, or use forwarding = \"learning\"")
     }
+    for fields in domains where fields.integer("flood_frames_per_second_max") == 0 {
+      guard let link = relay(of: fields) else { continue }
+      reader.warn(
+        fields.place(of: "flood_frames_per_second_max"),
+        "\(link.place.keyPath) relays, and without a limit a frame in a loop of links goes round for ever",
+        "leave it out to have \(Schema.relayFloodFramesPerSecondMax), or set a limit")
+    }
+  }
+
+  /// A link that relays floods of the domain; nil where none does.
+  private func relay(of domain: Fields) -> Fields? {
+    // Where rules alone decide nothing is flooded, and no link relays.
+    guard let name = domain.string("name"), forwarding(of: name) == .learning else { return nil }
+    return links.first { $0.boolean("relay") == true && carried(by: $0)?.contains(name) == true }
   }
 
   /// How a domain forwards; nil where there is none of the name.
@@ -443,7 +457,8 @@ extension Draft {
           name: fields.known("name", Fields.string), vni: UInt32(fields.known("vni", Fields.integer)),
           forwarding: fields.word("forwarding"), ageingSeconds: fields.known("ageing_s", Fields.integer),
           macsMax: fields.known("macs_max", Fields.integer),
-          floodFramesPerSecondMax: fields.known("flood_frames_per_second_max", Fields.integer))
+          floodFramesPerSecondMax: fields.integer("flood_frames_per_second_max")
+            ?? (relay(of: fields) == nil ? 0 : Schema.relayFloodFramesPerSecondMax))
       },
       ports: zip(ports, macs).map { fields, mac in
         let name = fields.known("name", Fields.string)

@@ -200,7 +200,8 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     case .macMoves: define("mac_moves", [.domain], "MAC addresses seen at a new place and followed.", unit: "moves")
     case .macFreezes:
       define(
-        "mac_freezes", [.domain], "MAC addresses that moved too often and were frozen where they were.", unit: "freezes"
+        "mac_freezes", [.domain], "MAC addresses that moved too often and were frozen where they were before.",
+        unit: "freezes"
       )
     case .macFrozenFrames:
       define("mac_frozen_frames", [.domain], "Frames whose frozen source was seen elsewhere; only floods are dropped.")

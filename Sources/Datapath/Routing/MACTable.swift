@@ -10,7 +10,7 @@ import Synchronization
 /// A bucket is 16 words of 64 bits, two adjacent cache lines:
 /// ```
 /// entry  0 … 7   MAC (48 bits) | location (16 bits); 0 = empty, 1 = claimed by a thread that is filling it
-/// trace  0 … 7   beside each entry, its `Trace`: last-seen second and the history of its moves
+/// trace  0 … 7   beside each entry, its `Trace`: last-seen second, the history of its moves and its home
 /// ```
 /// A MAC has two candidate buckets by a keyed hash (a guest chooses its MACs, and must not be able to choose whom they
 /// collide with). Its place in the candidate order (first bucket 0 … 7, second bucket 0 … 7) decides between
@@ -26,13 +26,18 @@ import Synchronization
 ///   before the lookup is right as long as the generation has not changed. A first learning does not raise it, or a
 ///   guest that sends from ever new addresses would empty every worker's decision cache; so decisions to flood for want
 ///   of a location must not be cached (`Router` does not).
+/// - A freeze changes two words: the trace says that the MAC is frozen and where its home is, and then the entry is
+///   brought there. Who hears a frozen MAC and finds it anywhere else brings it home, so it does not matter which
+///   worker comes first, or whether one that was about to move it comes last.
 /// - What a race can do at worst: a lookup misses an entry that is being replaced by its duplicate, or an entry is
 ///   removed just as its MAC is heard again. The frame is flooded, and the next frame from that MAC learns it anew.
 @safe
 public final class MACTable: @unchecked Sendable {
   /// The most MACs that a table can be made for: 2^20, of which the table takes 32 MiB.
   public static let macsMaxLimit = 1 << 20
-  /// Moves that are followed within one window; the next one freezes the MAC. RFC 7432 section 15.1 has the same
+  /// Moves that are followed within one window; the next one freezes the MAC at its home, which is where it was before
+  /// they began. Not where the last move brought it: in a loop the first of a broadcast's copies came the right
+  /// way, and which of the others comes last is chance. RFC 7432 section 15.1 has the same
   /// number for MACs that move between hosts: a live migration is one move, and its announcements that cross with
   /// the last frames from the old host make two or three more.
   public static let movesMax = 5
@@ -40,7 +45,7 @@ public final class MACTable: @unchecked Sendable {
   /// updates in the whole network; here a move costs one word, so only what moves at the pace of frames (a loop, two
   /// guests with one MAC) has to be caught, and a guest that really moves every few seconds is still followed.
   public static let flapWindowSeconds: UInt32 = 10
-  /// How long a frozen MAC stays where it is: long enough that a loop costs one burst of `movesMax` moves a minute,
+  /// How long a frozen MAC stays at its home: long enough that a loop costs one burst of `movesMax` moves a minute,
   /// and short against the ageing time, so that a frozen MAC whose guest did move is reachable again soon.
   public static let freezeSeconds: UInt32 = 60
 
@@ -56,8 +61,10 @@ public final class MACTable: @unchecked Sendable {
     case moved
     /// The MAC is frozen elsewhere; the move was not followed.
     case frozen
-    /// This move was one too many: the MAC is frozen where it was.
+    /// This move was one too many, and not to the MAC's home: the MAC is frozen there.
     case froze
+    /// This move was one too many, and to the MAC's home: the MAC is frozen here.
+    case frozeHere
     /// The MAC is new and the table is at its limit.
     case limited
     /// Nothing was learned: the source is no unicast address, or other workers changed the same MAC all the while.
@@ -70,7 +77,7 @@ public final class MACTable: @unchecked Sendable {
       case .learned: .macsLearned
       case .moved: .macMoves
       case .frozen: .macFrozenFrames
-      case .froze: .macFreezes
+      case .froze, .frozeHere: .macFreezes
       case .limited: .macLimitFrames
       }
     }
@@ -123,20 +130,20 @@ public final class MACTable: @unchecked Sendable {
 
   /// Removes every MAC that is located at an interface; control only, after every worker has adopted a snapshot
   /// in which the interface has left the domain (so that nobody learns there any more), and before its index is used
-  /// again.
+  /// again. What is frozen or flaps elsewhere and had its home there is free, and has a home where it is heard next.
   /// - Returns: how many.
   public func removeAll(at location: InterfaceIndex) -> Int {
     var removed = 0
     reference.forEachEntry { cell, word in
-      var word = word
-      while Reference.location(word) == location {
+      reference.forgetHome(location, cell)
+      var word = reference.entry(cell)
+      while word > Reference.claimed, Reference.location(word) == location {
         if reference.remove(cell, word) {
           removed += 1
           return
         }
         // It moved, or went by itself.
         word = reference.entry(cell)
-        if word <= Reference.claimed { return }
       }
     }
     return removed
@@ -242,9 +249,12 @@ extension MACTable {
       let pair = candidates(key)
       let found = find(key, pair)
       if found.word == key | UInt64(location.rawValue) {
-        let trace = trace(of: found.cell)
-        if Trace(trace).lastSeenSeconds != nowSeconds { refresh(found.cell, trace, nowSeconds) }
-        return Trace(trace).isFrozen(nowSeconds) ? .held : .known
+        let trace = Trace(trace(of: found.cell))
+        let isFrozen = trace.isFrozen(nowSeconds)
+        if !isFrozen || trace.home == location {
+          if trace.lastSeenSeconds != nowSeconds { refresh(found.cell, trace, location, nowSeconds) }
+          return isFrozen ? .held : .known
+        }
       }
       return learnChange(key, pair, key | UInt64(location.rawValue), nowSeconds)
     }
@@ -255,39 +265,77 @@ extension MACTable {
     private func learnChange(_ key: UInt64, _ pair: Candidates, _ word: UInt64, _ nowSeconds: UInt32) -> Learned {
       for _ in 0..<Self.attemptsMax {
         let found = find(key, pair)
-        if found.word == word {
-          let trace = trace(of: found.cell)
-          refresh(found.cell, trace, nowSeconds)
-          return Trace(trace).isFrozen(nowSeconds) ? .held : .known
-        }
         let learned =
-          found.word == 0 ? insert(key, pair, word, nowSeconds) : move(found, to: word, nowSeconds)
+          found.word == 0 ? insert(key, pair, word, nowSeconds) : hear(found, key, at: Self.location(word), nowSeconds)
         if let learned { return learned }
       }
       return .skipped
     }
 
-    /// Follows a move, or not. Nil: somebody else changed the entry, look again.
-    private func move(_ found: Match, to word: UInt64, _ nowSeconds: UInt32) -> Learned? {
-      let old = trace(of: found.cell)
-      let trace = Trace(old)
-      if trace.isFrozen(nowSeconds) { return .frozen }
+    /// What hearing a known MAC at a location does. Nil: somebody else changed the entry, look again.
+    private func hear(_ found: Match, _ key: UInt64, at location: InterfaceIndex, _ nowSeconds: UInt32) -> Learned? {
+      let trace = Trace(trace(of: found.cell))
+      if trace.isFrozen(nowSeconds) { return hearFrozen(found.cell, key, trace, at: location, nowSeconds) }
+      if Self.location(found.word) == location {
+        refresh(found.cell, trace, location, nowSeconds)
+        return .known
+      }
       if trace.movesInWindow(nowSeconds) >= MACTable.movesMax {
         let froze = unsafe cell(found.cell + Self.bucketEntries).pointee.compareExchange(
-          expected: old, desired: trace.frozen(nowSeconds).bits, ordering: .acquiringAndReleasing)
+          expected: trace.bits, desired: trace.frozen(nowSeconds).bits, ordering: .sequentiallyConsistent)
         guard froze.exchanged else { return nil }
-        // What was decided while the MAC was merely known here does not hold for a frozen one.
+        bringHome(found.cell, key, trace.home)
+        // What was decided while the MAC was merely known does not hold for a frozen one.
         raiseGeneration()
-        return .froze
+        return location == trace.home ? .frozeHere : .froze
       }
       // The entry first and its trace after it, so that only the worker that moves it counts the move: when several
       // hear of one migration at once, it is one move.
       let moved = unsafe cell(found.cell).pointee.compareExchange(
-        expected: found.word, desired: word, ordering: .acquiringAndReleasing)
+        expected: found.word, desired: key | UInt64(location.rawValue), ordering: .sequentiallyConsistent)
       guard moved.exchanged else { return nil }
       raiseGeneration()
-      updateTrace(found.cell, old) { $0.moved(nowSeconds) }
+      let counted = countMove(found.cell, key, trace, nowSeconds)
+      // Another worker froze it between our look at its trace and our move.
+      if counted.isFrozen(nowSeconds) { return hearFrozen(found.cell, key, counted, at: location, nowSeconds) }
       return .moved
+    }
+
+    private func hearFrozen(
+      _ index: Int, _ key: UInt64, _ trace: Trace, at location: InterfaceIndex, _ nowSeconds: UInt32
+    ) -> Learned {
+      bringHome(index, key, trace.home)
+      guard location == trace.home else { return .frozen }
+      refresh(index, trace, location, nowSeconds)
+      return .held
+    }
+
+    /// Puts a frozen MAC where its home is, if it is elsewhere. When another worker changes the entry at once, that one
+    /// brings it home, or has removed it.
+    private func bringHome(_ index: Int, _ key: UInt64, _ home: InterfaceIndex) {
+      let word = unsafe cell(index).pointee.load(ordering: .sequentiallyConsistent)
+      let wordAtHome = key | UInt64(home.rawValue)
+      guard Self.matches(word, key), word != wordAtHome else { return }
+      let brought = unsafe cell(index).pointee.compareExchange(
+        expected: word, desired: wordAtHome, ordering: .sequentiallyConsistent)
+      if brought.exchanged { raiseGeneration() }
+    }
+
+    /// Counts a move that was made, unless another worker froze the MAC meanwhile.
+    /// - Returns: the trace as it is now.
+    private func countMove(_ index: Int, _ key: UInt64, _ seen: Trace, _ nowSeconds: UInt32) -> Trace {
+      var trace = seen
+      for _ in 0..<Self.attemptsMax {
+        let moved = trace.moved(nowSeconds)
+        let result = unsafe cell(index + Self.bucketEntries).pointee.compareExchange(
+          expected: trace.bits, desired: moved.bits, ordering: .sequentiallyConsistent)
+        if result.exchanged { return moved }
+        trace = Trace(result.original)
+        // The move is no other MAC's. A trace is written before its entry is published, so the one that was read is
+        // ours if the entry still is.
+        if trace.isFrozen(nowSeconds) || !Self.matches(entry(index), key) { break }
+      }
+      return trace
     }
 
     /// Enters a MAC that no candidate holds. Nil: somebody else was faster, look again.
@@ -310,7 +358,7 @@ extension MACTable {
         return nil
       }
       unsafe cell(place + Self.bucketEntries).pointee.store(
-        Trace(lastSeenSeconds: nowSeconds).bits, ordering: .relaxed)
+        Trace(home: Self.location(word), lastSeenSeconds: nowSeconds).bits, ordering: .relaxed)
       unsafe cell(place).pointee.store(word, ordering: .sequentiallyConsistent)
       return removeDuplicates(key, pair, of: place) ? .learned : nil
     }
@@ -357,20 +405,23 @@ extension MACTable {
 
     /// Notes that a MAC was heard where it is known to be. When another worker does so at once, one of them suffices.
     @inline(never)
-    private func refresh(_ index: Int, _ old: UInt64, _ nowSeconds: UInt32) {
-      let heard = Trace(old).heard(nowSeconds)
-      if heard.bits == old { return }
+    private func refresh(_ index: Int, _ old: Trace, _ location: InterfaceIndex, _ nowSeconds: UInt32) {
+      let heard = old.heard(at: location, nowSeconds)
+      if heard.bits == old.bits { return }
       _ = unsafe cell(index + Self.bucketEntries).pointee.compareExchange(
-        expected: old, desired: heard.bits, ordering: .relaxed)
+        expected: old.bits, desired: heard.bits, ordering: .relaxed)
     }
 
-    private func updateTrace(_ index: Int, _ old: UInt64, _ change: (Trace) -> Trace) {
-      var old = old
-      for _ in 0..<Self.attemptsMax {
+    /// Takes a home out of an entry's history, and with it the history; control only.
+    fileprivate func forgetHome(_ home: InterfaceIndex, _ index: Int) {
+      var trace = Trace(trace(of: index))
+      while trace.home == home, trace.hasHistory {
+        let free = Trace(home: Self.location(entry(index)), lastSeenSeconds: trace.lastSeenSeconds)
         let result = unsafe cell(index + Self.bucketEntries).pointee.compareExchange(
-          expected: old, desired: change(Trace(old)).bits, ordering: .acquiringAndReleasing)
+          expected: trace.bits, desired: free.bits, ordering: .sequentiallyConsistent)
         if result.exchanged { return }
-        old = result.original
+        // Each failure is another worker's move or freeze.
+        trace = Trace(result.original)
       }
     }
 
@@ -493,45 +544,59 @@ extension MACTable {
 
 /// What is known of an entry beside its location, in one word:
 /// ```
-/// 63 … 32  the second in which the MAC was last heard
+/// 63 … 32  the second in which the MAC was last heard where it is
 /// 31       frozen
-/// 30 … 27  moves in the window
-/// 26 … 0   the second, modulo 2^27, in which the window or the freeze began
+/// 30 … 28  moves in the window
+/// 27 … 16  the second, modulo 4,096, in which the window or the freeze began
+/// 15 … 0   the home: where the MAC was last heard while it did not move; without a history, where it is
 /// ```
 /// A trace and its entry are two words and change one after the other. The worst that comes of it is one move
-/// more or less in the count of a MAC that just took another's place.
+/// more or less in the count of a MAC that just took another's place, or a home at an interface that went a moment ago.
 private struct Trace: BitwiseCopyable {
   let bits: UInt64
 
   private static let frozenBit: UInt64 = 1 << 31
-  private static let movesShift: UInt64 = 27
-  private static let movesLimit: UInt64 = 15
-  private static let sinceMask: UInt64 = 1 << 27 - 1
-  /// Half of the range of `since`, two years: an older stamp counts as of this second. `heard` clears a history
-  /// that is over, so only a MAC that is silent for two years, and never aged, meets this.
-  private static let elapsedSecondsMax: UInt64 = 1 << 26
+  private static let movesShift: UInt64 = 28
+  /// Above `movesMax`: workers that move a MAC at the same time are counted beyond it.
+  private static let movesLimit: UInt64 = 7
+  private static let sinceShift: UInt64 = 16
+  private static let sinceMask: UInt64 = 1 << 12 - 1
+  /// Half of the range of `since`: what is further away is ahead, by the clock of another worker.
+  private static let elapsedSecondsMax: UInt64 = 1 << 11
+  /// Who was silent for this long has no history, whatever `since` says: a window and a freeze after it, 70 s, are
+  /// over. Each time a MAC is heard a history that is over is forgotten, so one that is left began at most a freeze
+  /// before that, and is told from one to come.
+  private static let silenceSecondsMax: UInt32 = 1 << 10
 
   @inline(__always)
   init(_ bits: UInt64) { self.bits = bits }
 
   /// A MAC that has not moved.
-  init(lastSeenSeconds: UInt32) { bits = UInt64(lastSeenSeconds) << 32 }
+  init(home: InterfaceIndex, lastSeenSeconds: UInt32) {
+    bits = UInt64(lastSeenSeconds) << 32 | UInt64(home.rawValue)
+  }
 
-  private init(lastSeenSeconds: UInt32, frozen: Bool, moves: UInt64, sinceSeconds: UInt64) {
+  private init(home: InterfaceIndex, lastSeenSeconds: UInt32, frozen: Bool, moves: UInt64, sinceSeconds: UInt64) {
     bits =
       UInt64(lastSeenSeconds) << 32 | (frozen ? Self.frozenBit : 0) | min(moves, Self.movesLimit) << Self.movesShift
-      | sinceSeconds & Self.sinceMask
+      | (sinceSeconds & Self.sinceMask) << Self.sinceShift | UInt64(home.rawValue)
   }
 
   @inline(__always)
   var lastSeenSeconds: UInt32 { UInt32(truncatingIfNeeded: bits >> 32) }
+  @inline(__always)
+  var home: InterfaceIndex { InterfaceIndex(rawValue: UInt16(truncatingIfNeeded: bits)) }
   private var moves: UInt64 { bits >> Self.movesShift & Self.movesLimit }
+  private var sinceSeconds: UInt64 { bits >> Self.sinceShift & Self.sinceMask }
   private var hasFrozenBit: Bool { bits & Self.frozenBit != 0 }
+  var hasHistory: Bool { hasFrozenBit || moves != 0 }
 
-  /// Seconds since the window or the freeze began; 0 if by another worker's clock it begins in a second or two.
-  private func elapsedSeconds(_ nowSeconds: UInt32) -> UInt64 {
-    let elapsed = (UInt64(nowSeconds) &- bits) & Self.sinceMask
-    return elapsed < Self.elapsedSecondsMax ? elapsed : 0
+  /// Whether less than `seconds` have gone since the window or the freeze began; so it is when by another worker's
+  /// clock it begins in a second or two.
+  private func isWithin(_ seconds: UInt32, _ nowSeconds: UInt32) -> Bool {
+    guard silenceSeconds(nowSeconds) < Self.silenceSecondsMax else { return false }
+    let elapsed = (UInt64(nowSeconds) &- sinceSeconds) & Self.sinceMask
+    return elapsed < UInt64(seconds) || elapsed >= Self.elapsedSecondsMax
   }
 
   /// Seconds since the MAC was last heard; 0 if another worker, whose clock is ahead, heard it.
@@ -541,30 +606,31 @@ private struct Trace: BitwiseCopyable {
   }
 
   func isFrozen(_ nowSeconds: UInt32) -> Bool {
-    hasFrozenBit && elapsedSeconds(nowSeconds) < MACTable.freezeSeconds
+    hasFrozenBit && isWithin(MACTable.freezeSeconds, nowSeconds)
   }
 
   func movesInWindow(_ nowSeconds: UInt32) -> Int {
-    hasFrozenBit || elapsedSeconds(nowSeconds) >= MACTable.flapWindowSeconds ? 0 : Int(moves)
+    !hasFrozenBit && isWithin(MACTable.flapWindowSeconds, nowSeconds) ? Int(moves) : 0
   }
 
   /// Heard where it is. The later of two workers' clocks stays; a history that is over is forgotten.
-  func heard(_ nowSeconds: UInt32) -> Trace {
+  func heard(at location: InterfaceIndex, _ nowSeconds: UInt32) -> Trace {
     let latest = Int32(bitPattern: nowSeconds &- lastSeenSeconds) > 0 ? nowSeconds : lastSeenSeconds
-    let isOver = !isFrozen(nowSeconds) && movesInWindow(nowSeconds) == 0
-    return Trace(UInt64(latest) << 32 | (isOver ? 0 : bits & 0xFFFF_FFFF))
+    return hasHistory && !isFrozen(nowSeconds) && movesInWindow(nowSeconds) == 0
+      ? Trace(home: location, lastSeenSeconds: latest) : Trace(UInt64(latest) << 32 | bits & 0xFFFF_FFFF)
   }
 
-  /// Moved, and the move was followed.
+  /// Moved, and the move was followed. The home stays until it is heard somewhere after its window: a loop that came
+  /// to rest before a freeze leaves the MAC anywhere, and the next one must not take that for its home.
   func moved(_ nowSeconds: UInt32) -> Trace {
     let moves = UInt64(movesInWindow(nowSeconds))
     return Trace(
-      lastSeenSeconds: nowSeconds, frozen: false, moves: moves + 1,
-      sinceSeconds: moves == 0 ? UInt64(nowSeconds) : bits)
+      home: home, lastSeenSeconds: nowSeconds, frozen: false, moves: moves + 1,
+      sinceSeconds: moves == 0 ? UInt64(nowSeconds) : sinceSeconds)
   }
 
-  /// Frozen where it is. It was heard elsewhere, so its age goes on.
+  /// Frozen at its home. It may have been heard elsewhere, so its age goes on.
   func frozen(_ nowSeconds: UInt32) -> Trace {
-    Trace(lastSeenSeconds: lastSeenSeconds, frozen: true, moves: 0, sinceSeconds: UInt64(nowSeconds))
+    Trace(home: home, lastSeenSeconds: lastSeenSeconds, frozen: true, moves: 0, sinceSeconds: UInt64(nowSeconds))
   }
 }
