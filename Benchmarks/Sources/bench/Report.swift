@@ -3,8 +3,8 @@ import Glibc
 
 /// Measures rows, checks results, prints.
 final class Report {
-  private let isSmoke: Bool
-  private let repetitions: Int
+  let isSmoke: Bool
+  let repetitions: Int
   private var checks = 0
   private var failures: [String] = []
   /// The row that the ratios of a table refer to: its first.
@@ -62,6 +62,19 @@ final class Report {
     print(line)
   }
 
+  /// Starts a table of other columns than `measure` has.
+  func table(_ title: String, _ firstColumn: String, columns: [String]) {
+    guard !isSmoke else { return }
+    print("\n\(title)")
+    row(firstColumn, columns)
+  }
+
+  /// A row of it.
+  func row(_ name: String, _ values: [String]) {
+    guard !isSmoke else { return }
+    print(Self.pad("  \(name)", Self.nameWidth) + values.map { Self.padLeft($0, 9) }.joined())
+  }
+
   func note(_ text: String) { if !isSmoke { print("  \(text)") } }
 
   /// Says how it went; the exit code.
@@ -106,7 +119,8 @@ final class Report {
     }
   }
 
-  private static func now() -> UInt64 {
+  /// Monotonic, nanoseconds.
+  static func now() -> UInt64 {
     var time = timespec()
     unsafe clock_gettime(CLOCK_MONOTONIC, &time)
     return UInt64(time.tv_sec) * 1_000_000_000 + UInt64(time.tv_nsec)
@@ -120,10 +134,11 @@ final class Report {
   private static func padLeft(_ text: String, _ width: Int) -> String {
     String(repeating: " ", count: max(1, width - text.count)) + text
   }
-  private static func decimal(_ value: Double, _ places: Int) -> String {
+  static func decimal(_ value: Double, _ places: Int) -> String {
     var scale = 1
     for _ in 0..<places { scale *= 10 }
     let scaled = Int((value * Double(scale)).rounded())
+    guard places > 0 else { return "\(scaled)" }
     let fraction = String(scaled % scale)
     return "\(scaled / scale)." + String(repeating: "0", count: places - fraction.count) + fraction
   }

@@ -5,14 +5,14 @@ import Glibc
 
 let usage = """
   usage: bench [NAME] [--smoke] [--repetitions N]
-    NAME            ring | lookup | checksum | encapsulation: that one alone
+    NAME            ring | lookup | checksum | encapsulation | layouts: that one alone
     --smoke         few items, once: only checks that results are right; exit code 1 when one is wrong
     --repetitions   how often each row is measured, 1 to 1000; 7 unless given
   """
 
 let benchmarks: [(name: String, run: (Report) -> Void)] = [
   ("ring", benchmarkRing), ("lookup", benchmarkLookup), ("checksum", benchmarkChecksum),
-  ("encapsulation", benchmarkEncapsulation),
+  ("encapsulation", benchmarkEncapsulation), ("layouts", benchmarkLayouts),
 ]
 
 func exitWrongUsage(_ what: String) -> Never {

@@ -82,8 +82,10 @@ public struct Audit: BitwiseCopyable, Sendable, Equatable {
 
 /// The two rings and the wake-up between control and one worker. Control holds this; the worker takes its ends.
 public final class Mailbox: Sendable {
-  let commands: SPSCRing<Command>
-  let reports: SPSCRing<Report>
+  /// Control makes the producer, the worker the consumer.
+  public let commands: SPSCRing<Command>
+  /// The other way round.
+  public let reports: SPSCRing<Report>
   /// The eventfd that wakes the worker.
   public let workerWaker: Int32
   /// The eventfd that wakes control, shared by all workers.

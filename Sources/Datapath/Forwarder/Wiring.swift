@@ -1,9 +1,9 @@
 // What joins the workers of one service in the pipeline layout.
 //
 // The way of a frame between workers
-// 1. A stage puts descriptors for a neighbour into that neighbour's `Outlet`, and flushes it once a turn: one push of a
-//    batch onto the ring. What does not fit on a full ring is dropped and counted: the ring is as deep as there are
-//    slots, unless it was set smaller, so normally everything fits.
+// 1. A stage puts descriptors for a neighbour into that neighbour's `Outlet`, straight onto the ring, and flushes it
+//    once a turn: then the neighbour sees the batch. What does not fit on a full ring is dropped and counted: the ring
+//    is as deep as there are slots, unless it was set smaller, so normally everything fits.
 // 2. The neighbour's `Inlets` take batches off the rings, each ring in turn.
 // 3. When the last send of a slot is done, it goes back to the worker that received into it, by a ring of slot numbers.
 // Each push looks at the neighbour's bell.
@@ -152,26 +152,43 @@ public struct Joints: ~Copyable {
 struct Outlet<Element: BitwiseCopyable & Sendable>: ~Copyable {
   private var ring: SPSCRing<Element>.Producer
   private let bell: Bell
+  private var hasStaged = false
 
   init(_ ring: SPSCRing<Element>, to bell: Bell) {
     self.ring = ring.makeProducer()
     self.bell = bell
   }
 
-  /// How many items fit now, of `wanted`.
+  /// Whether one more item fits.
   @inline(__always)
-  mutating func room(for wanted: Int) -> Int { ring.room(for: wanted) }
+  mutating func hasRoom() -> Bool { ring.room(for: 1) > 0 }
 
-  /// Pushes `batch`, which fits, and wakes the neighbour if it sleeps; true if it did.
+  /// Puts one of `batch` on the ring, where there is room; the neighbour sees it after `flush`.
   @inline(__always)
-  mutating func push(_ batch: borrowing Batch<Element>, _ io: inout some WorkerIO & ~Copyable) -> Bool {
-    push(batch.span(), &io)
+  mutating func stage(_ place: Int, of batch: borrowing Batch<Element>) {
+    ring.stage(place, of: batch.span())
+    hasStaged = true
   }
 
+  /// Hands over what was staged, and wakes the neighbour if it sleeps; true if it did.
+  @inline(__always)
+  mutating func flush(_ io: inout some WorkerIO & ~Copyable) -> Bool {
+    guard hasStaged else { return false }
+    hasStaged = false
+    ring.publish()
+    return wakeNeighbour(&io)
+  }
+
+  /// The same with items that lie together, and fit.
   @inline(__always)
   mutating func push(_ items: Span<Element>, _ io: inout some WorkerIO & ~Copyable) -> Bool {
     let count = ring.push(items)
     precondition(count == items.count, "more was pushed than fits on the ring")
+    return wakeNeighbour(&io)
+  }
+
+  @inline(__always)
+  private func wakeNeighbour(_ io: inout some WorkerIO & ~Copyable) -> Bool {
     guard bell.mustRing() else { return false }
     io.wake(bell.waker)
     return true

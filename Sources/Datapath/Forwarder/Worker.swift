@@ -34,9 +34,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   private var transmit: TransmitStage
   private let roles: Roles
   private var joints: Joints
-  /// What goes on to one neighbour in this turn.
-  private var descriptorsOut: DescriptorBatch
-  private var routedOut: RoutedBatch
+  /// What came back from neighbours in this turn.
   private var slotsBack: Batch<UInt32>
 
   private var dispatch: Dispatch
@@ -92,8 +90,6 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     let joints = joints ?? Joints.alone(waker: mailbox.workerWaker)
     roles = joints.roles
     let hasNeighbours = roles != .all
-    descriptorsOut = DescriptorBatch(capacity: hasNeighbours ? Self.eventsMax : 0)
-    routedOut = RoutedBatch(capacity: hasNeighbours ? Self.eventsMax : 0)
     slotsBack = Batch(capacity: hasNeighbours ? Self.eventsMax : 0, filler: 0)
     self.joints = joints
     receive = ReceiveStage(sourceCount: settings.sources, postedMax: settings.postedSlots)
@@ -241,47 +237,44 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   /// To one router all that came from one port, or from one sender of datagrams: so each flow stays in order.
   private mutating func handOnReceived() {
     let neighbours = joints.toRouters.count
-    for neighbour in 0..<neighbours {
-      descriptorsOut.removeAll()
-      let room = joints.toRouters[neighbour].room(for: received.count)
-      for place in 0..<received.count {
-        var descriptor = received[place]
-        let key = descriptor.ingress == .none ? Int(descriptor.sender.low & 0xFFFF) : descriptor.ingress.index
-        guard neighbours == 1 || key % neighbours == neighbour else { continue }
-        if descriptorsOut.count < room {
-          counters.countHandedOn(descriptor)
-          descriptor.buffer = memory.handOn(descriptor.buffer, from: joints.number)
-          descriptorsOut.append(descriptor)
-        } else {
-          dropForFullRing(descriptor)
-        }
+    for place in 0..<received.count {
+      let neighbour = neighbours == 1 ? 0 : Self.origin(of: received[place]) % neighbours
+      guard joints.toRouters[neighbour].hasRoom() else {
+        dropForFullRing(received[place])
+        continue
       }
-      guard descriptorsOut.count > 0 else { continue }
-      if joints.toRouters[neighbour].push(descriptorsOut, &io) { counters.worker.add(.neighbourWakes) }
+      counters.countHandedOn(received[place])
+      received[place].buffer = memory.handOn(received[place].buffer, from: joints.number)
+      joints.toRouters[neighbour].stage(place, of: received)
     }
+    for neighbour in 0..<neighbours where joints.toRouters[neighbour].flush(&io) {
+      counters.worker.add(.neighbourWakes)
+    }
+  }
+
+  /// A number for where a frame came from: its port, or who sent the datagram.
+  @inline(__always)
+  private static func origin(of descriptor: Descriptor) -> Int {
+    descriptor.ingress == .none ? Int(descriptor.sender.low & 0xFFFF) : descriptor.ingress.index
   }
 
   /// To one transmitter all frames of a flow.
   private mutating func handOnRouted() {
     let neighbours = joints.toTransmitters.count
-    for neighbour in 0..<neighbours {
-      routedOut.removeAll()
-      let room = joints.toTransmitters[neighbour].room(for: routed.count)
-      for place in 0..<routed.count {
-        var frame = routed[place]
-        // The upper bits of the product: lanes are picked by the hash's lower ones.
-        let chosen = UInt64(frame.descriptor.flowHash) * UInt64(neighbours) >> 32
-        guard neighbours == 1 || chosen == UInt64(neighbour) else { continue }
-        if routedOut.count < room {
-          counters.countHandedOn(frame.descriptor)
-          frame.descriptor.buffer = memory.handOn(frame.descriptor.buffer, from: joints.number)
-          routedOut.append(frame)
-        } else {
-          dropForFullRing(frame.descriptor)
-        }
+    for place in 0..<routed.count {
+      // The upper bits of the product: lanes are picked by the hash's lower ones.
+      let product = UInt64(routed[place].descriptor.flowHash) * UInt64(truncatingIfNeeded: neighbours)
+      let neighbour = Int(truncatingIfNeeded: product >> 32)
+      guard joints.toTransmitters[neighbour].hasRoom() else {
+        dropForFullRing(routed[place].descriptor)
+        continue
       }
-      guard routedOut.count > 0 else { continue }
-      if joints.toTransmitters[neighbour].push(routedOut, &io) { counters.worker.add(.neighbourWakes) }
+      counters.countHandedOn(routed[place].descriptor)
+      routed[place].descriptor.buffer = memory.handOn(routed[place].descriptor.buffer, from: joints.number)
+      joints.toTransmitters[neighbour].stage(place, of: routed)
+    }
+    for neighbour in 0..<neighbours where joints.toTransmitters[neighbour].flush(&io) {
+      counters.worker.add(.neighbourWakes)
     }
   }
 

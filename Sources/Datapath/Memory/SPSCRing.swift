@@ -90,6 +90,22 @@ public final class SPSCRing<Element: BitwiseCopyable>: @unchecked Sendable {
       return count
     }
 
+    /// Puts one of `batch` behind the others, where the consumer does not see it before `publish`; traps when the ring
+    /// is full. It is copied as bytes, not field by field.
+    @inlinable
+    public mutating func stage(_ index: Int, of batch: Span<Element>) {
+      precondition(tail &- headSeen <= ring.mask, "an item is staged that does not fit on the ring")
+      precondition(batch.indices.contains(index), "index out of range")
+      unsafe batch.withUnsafeBufferPointer { source in
+        unsafe (ring.items + (tail & ring.mask)).update(from: source.baseAddress! + index, count: 1)
+      }
+      tail &+= 1
+    }
+
+    /// Lets the consumer see all that was staged.
+    @inlinable
+    public mutating func publish() { ring.tail.store(tail, ordering: .releasing) }
+
     /// Pushes one item; false when the ring is full.
     @inlinable
     public mutating func push(_ item: Element) -> Bool {

@@ -1,0 +1,383 @@
+import Datapath
+import Glibc
+import Synchronization
+
+/// The layouts against each other, over a kernel that costs nothing (`MemoryIO`): what a frame costs all cores together
+/// when one worker does everything, and when its stages are on cores of their own, with rings between.
+///
+/// A worker is busy in the turns that had anything to do. Its cost of a frame is the time of those turns by the frames
+/// that they were about; turns that found nothing are waiting, whatever they burn.
+func benchmarkLayouts(_ report: Report) {
+  let cpus = ProcessorSet.allowed()
+  var layouts: [[Roles]] = [[.all]]
+  if cpus.count >= 3 { layouts.append([.receive, .route, .transmit]) }
+  if cpus.count >= 2 {
+    layouts += [
+      [[.receive, .route], .transmit], [.receive, [.route, .transmit]], [[.receive, .transmit], .route],
+    ]
+  }
+  if cpus.count < 2 { report.note("layouts: pipelines are left out, there is one CPU") }
+  let sizes = "\(MemoryLayout<Descriptor>.stride) and \(MemoryLayout<RoutedFrame>.stride) bytes"
+  report.note("layouts: rings of received and of routed frames carry items of \(sizes)")
+  for egress in [Scene.portOut, Scene.linkOut] {
+    for frameBytes in [14 + 20 + 8 + 64, 1_400] {
+      guard let scene = Scene(egress: egress, frameBytes: frameBytes) else {
+        return report.check(false, "layouts: a snapshot is made")
+      }
+      measure(layouts, scene, cpus, report)
+    }
+  }
+}
+
+/// Two TAP ports and a VXLAN link in one domain that learns, and what comes in by the first port.
+private final class Scene: Sendable {
+  static let portIn = InterfaceIndex(0)
+  static let portOut = InterfaceIndex(1)
+  static let linkOut = InterfaceIndex(2)
+  static let interfaces = 3
+  static let domain = DomainIndex(0)
+  /// Pairs of addresses, each a flow: as many MACs on each side.
+  static let flows = 64
+  /// One for the port, and source ports of the link.
+  static let lanes = 1 + linkLanes
+  static let linkLanes = 4
+  static let sources = 2
+  static let tapSource = 1
+  static let slots = 1_024
+
+  let name: String
+  let snapshot: Snapshot
+  let load: MemoryIO.Load
+
+  init?(egress: InterfaceIndex, frameBytes: Int) {
+    let place = egress == Self.portOut ? "another tap port" : "a vxlan link"
+    name = "UDP frames of \(frameBytes) bytes from a tap port to \(place), \(Self.flows) flows"
+    let table = MACTable(macsMax: 4 * Self.flows, seed: 7)
+    guard
+      let peer = UnderlayAddress("10.99.0.2"),
+      let snapshot = try? Snapshot(
+        version: 1,
+        interfaces: [
+          Snapshot.Interface(Self.portIn, .port(domain: Self.domain), mtuBytes: 1_500),
+          Snapshot.Interface(Self.portOut, .port(domain: Self.domain), mtuBytes: 1_500),
+          Snapshot.Interface(Self.linkOut, .link(peer: peer, domains: [Self.domain]), mtuBytes: 1_500),
+        ], domains: [Snapshot.Domain(Self.domain, vni: 42, macs: table)])
+    else { return nil }
+    self.snapshot = snapshot
+    for flow in 0..<Self.flows {
+      _ = table.reference.learn(Self.destination(flow), at: egress, nowSeconds: 1)
+      _ = table.reference.learn(Self.source(flow), at: Self.portIn, nowSeconds: 1)
+    }
+    load = MemoryIO.Load(frames: (0..<Self.flows).map { Self.frame($0, count: frameBytes) })
+  }
+
+  private static func source(_ flow: Int) -> UInt64 { 0x0200_0000_1000 + UInt64(flow) }
+  private static func destination(_ flow: Int) -> UInt64 { 0x0200_0000_2000 + UInt64(flow) }
+
+  /// Ethernet, IPv4, UDP.
+  private static func frame(_ flow: Int, count: Int) -> [UInt8] {
+    var bytes: [UInt8] = []
+    for mac in [destination(flow), source(flow)] {
+      for shift in [40, 32, 24, 16, 8, 0] { bytes.append(UInt8(truncatingIfNeeded: mac >> UInt64(shift))) }
+    }
+    let total = count - 14
+    bytes += [0x08, 0x00]
+    bytes += [0x45, 0, UInt8(total >> 8), UInt8(total & 0xFF), 0, 0, 0x40, 0, 64, 17, 0, 0]
+    bytes += [10, 0, 0, 1, 10, 0, 0, 2]
+    bytes += [0x40, UInt8(flow), 0x13, 0x88, UInt8((total - 20) >> 8), UInt8((total - 20) & 0xFF), 0, 0]
+    while bytes.count < count { bytes.append(UInt8(truncatingIfNeeded: bytes.count &+ flow)) }
+    return bytes
+  }
+}
+
+/// What one worker did while it was measured.
+private struct Share {
+  var frames = 0
+  var busyNanoseconds: UInt64 = 0
+  var nanoseconds: UInt64 = 0
+  var busyTurns = 0
+  var sent = 0
+  var interruptions = 0
+
+  /// A turn of at most 64 frames takes some 5 µs: after so long another thread had the core, which says nothing of the
+  /// layout. Such turns and their frames are left out.
+  static let turnNanosecondsMax: UInt64 = 50_000
+
+  var nanosecondsPerFrame: Double { Double(busyNanoseconds) / Double(max(1, frames)) }
+  var framesPerTurn: Double { Double(frames) / Double(max(1, busyTurns)) }
+}
+
+/// The workers of one layout, from start to stop.
+private struct Run {
+  var shares: [Share]
+  /// All of them stopped, and every frame and slot is accounted for.
+  var holds: Bool
+
+  var busyNanosecondsPerFrame: Double { shares.reduce(0) { $0 + $1.nanosecondsPerFrame } }
+  var framesPerSecond: Double {
+    let longest = shares.map(\.nanoseconds).max() ?? 1
+    return Double(shares.reduce(0) { $0 + $1.sent }) * 1e9 / Double(max(1, longest))
+  }
+}
+
+/// One worker with its thread. Each field is used by one thread at a time: before the start and after the join by
+/// control, in between by the worker's.
+private final class Seat: @unchecked Sendable {
+  let roles: Roles
+  let mailbox: Mailbox
+  var share = Share()
+  private let signal = MemoryIO.Signal()
+  private let measured = Atomic<Int>(0)
+  private let scene: Scene
+  private let phase: Phase
+  private let joints: Parcel<Joints>
+  private let memory: Parcel<FrameMemory>
+  private var commands: SPSCRing<Command>.Producer
+  private var reports: SPSCRing<Datapath.Report>.Consumer
+  private let blocks = (0...Scene.interfaces).map { _ in CounterBlock() }
+  private let workerCounters = CounterBlock()
+  private let underlayCounters = CounterBlock()
+  private let ioCounters = CounterBlock()
+
+  /// How long control waits for an answer of a worker.
+  static let answerMillisecondsMax = 10_000
+
+  init(
+    _ roles: Roles, _ mailbox: Mailbox, _ scene: Scene, _ phase: Phase, joints: consuming Joints,
+    memory: consuming FrameMemory
+  ) {
+    self.roles = roles
+    self.mailbox = mailbox
+    self.scene = scene
+    self.phase = phase
+    self.joints = Parcel(joints)
+    self.memory = Parcel(memory)
+    commands = mailbox.commands.makeProducer()
+    reports = mailbox.reports.makeConsumer()
+    let kinds: [InterfaceRecord.Kind] = [.tap, .tap, .vxlan]
+    let laneFirst = [0, 0, 1]
+    let laneCount = [0, 1, Scene.linkLanes]
+    send(.addDomain(Scene.domain, blocks[Scene.interfaces].writer))
+    for index in 0..<Scene.interfaces {
+      let record = InterfaceRecord(
+        kinds[index], laneFirst: laneFirst[index], laneCount: laneCount[index], mtuBytes: 1_500,
+        counters: blocks[index].writer)
+      send(.addInterface(InterfaceIndex(index), record))
+    }
+    if roles.contains(.transmit) {
+      send(.openLane(0, .tap, interface: Scene.portOut, descriptor: -1))
+      for lane in 1..<Scene.lanes { send(.openLane(lane, .datagramIPv4, interface: Scene.linkOut, descriptor: -1)) }
+    }
+    // Answered when all of it is done.
+    send(.audit)
+  }
+
+  /// Frames come from now on; to be called when every worker knows the interfaces.
+  func receive() {
+    guard roles.contains(.receive) else { return }
+    send(.openSource(Scene.tapSource, .tap, interface: Scene.portIn, domain: Scene.domain, descriptor: -1))
+  }
+
+  func send(_ command: Command) {
+    let isSent = commands.push(command)
+    precondition(isSent, "the mailbox is full")
+    signal.isWoken.store(true, ordering: .releasing)
+  }
+
+  /// Waits for a report; false when it does not come.
+  func await(_ isIt: (Datapath.Report) -> Bool) -> Bool {
+    for _ in 0..<Self.answerMillisecondsMax {
+      while let report = reports.pop() { if isIt(report) { return true } }
+      usleep(1_000)
+    }
+    return false
+  }
+
+  /// Frames measured so far; for control.
+  var measuredFrames: Int { measured.load(ordering: .relaxed) }
+
+  var sendsAreRight: Bool { signal.wrongSends.load(ordering: .relaxed) == 0 }
+
+  /// On the worker's thread.
+  func run() {
+    var settings = WorkerSettings()
+    settings.dispatch.mode = .vmmDriven
+    settings.dispatch.yield = .immediate
+    settings.sources = Scene.sources
+    settings.lanes = Scene.lanes
+    settings.interfaces = Scene.interfaces
+    settings.domains = 1
+    let memory = memory.open()
+    let io = MemoryIO(
+      scene.load, slots: memory.slotCount, lanes: Scene.lanes, wakerSource: Worker<MemoryIO>.wakerSource, signal,
+      ioCounters.writer)
+    var worker = Worker(
+      io: io, memory: memory, joints: joints.open(), mailbox: mailbox, settings: settings,
+      view: scene.snapshot.view, workerCounters: workerCounters.writer, underlayCounters: underlayCounters.writer)
+    let counters = workerCounters.writer
+    let ioCounters = ioCounters.writer
+    var share = Share()
+    var start: UInt64 = 0
+    var sentBefore: UInt64 = 0
+    var before = Report.now()
+    var framesBefore = frames(counters, ioCounters)
+    var thingsBefore = things(counters, ioCounters)
+    while worker.turn() {
+      let now = Report.now()
+      let frames = frames(counters, ioCounters)
+      let things = things(counters, ioCounters)
+      switch phase.now {
+      case .warming: break
+      case .measuring:
+        if start == 0 {
+          start = before
+          sentBefore = ioCounters.value(.outFrames)
+        }
+        if now &- before > Share.turnNanosecondsMax {
+          share.interruptions += 1
+        } else if things != thingsBefore {
+          share.busyNanoseconds += now &- before
+          share.frames += Int(frames &- framesBefore)
+          share.busyTurns += 1
+          measured.store(share.frames, ordering: .relaxed)
+        }
+        share.nanoseconds = now &- start
+        share.sent = Int(ioCounters.value(.outFrames) &- sentBefore)
+      case .over: break
+      }
+      before = now
+      framesBefore = frames
+      thingsBefore = things
+    }
+    self.share = share
+  }
+
+  /// Frames that the worker has been about: each once, also where it sends what it received before.
+  @inline(__always)
+  private func frames(_ counters: CounterBlock.Writer, _ io: CounterBlock.Writer) -> UInt64 {
+    roles.contains(.receive) ? io.value(.inFrames) : counters.value(.takenOverFrames)
+  }
+
+  /// All that gave it something to do.
+  @inline(__always)
+  private func things(_ counters: CounterBlock.Writer, _ io: CounterBlock.Writer) -> UInt64 {
+    io.value(.completions) &+ counters.value(.takenOverFrames)
+  }
+}
+
+/// What all workers of a run are to do now.
+private final class Phase: Sendable {
+  enum Name: UInt8 { case warming, measuring, over }
+  private let raw = Atomic<UInt8>(0)
+  var now: Name { Name(rawValue: raw.load(ordering: .relaxed))! }
+  func begin(_ name: Name) { raw.store(name.rawValue, ordering: .relaxed) }
+}
+
+private func run(_ roles: [Roles], _ scene: Scene, _ cpus: [Int], milliseconds: Int, framesMin: Int) throws -> Run {
+  let mailboxes = try roles.map { _ in try Mailbox(controlWaker: -1) }
+  var joining = Wiring.Settings()
+  joining.slots = Scene.slots
+  var wiring = try Wiring(roles: roles, wakers: mailboxes.map(\.workerWaker), settings: joining)
+  let phase = Phase()
+  let seats = roles.indices.map { number in
+    Seat(
+      roles[number], mailboxes[number], scene, phase, joints: wiring.takeJoints(of: number),
+      memory: wiring.makeMemory(of: number))
+  }
+  let threads = seats.indices.map { number in
+    let seat = seats[number]
+    return BenchmarkThread(cpu: cpus[number]) { seat.run() }
+  }
+  var holds = true
+  for seat in seats {
+    let isReady = seat.await { if case .audited = $0 { true } else { false } }
+    holds = holds && isReady
+  }
+  for seat in seats { seat.receive() }
+  usleep(UInt32(milliseconds) * 1_000 / 4)
+  phase.begin(.measuring)
+  usleep(UInt32(milliseconds) * 1_000)
+  // On a busy machine a worker may have had no turn yet.
+  for _ in 0..<Seat.answerMillisecondsMax where seats.contains(where: { $0.measuredFrames < framesMin }) {
+    usleep(1_000)
+  }
+  phase.begin(.over)
+
+  // In the order of a frame's way, then back: what is handed on finds the next at work, and slots come back.
+  let order = seats.indices.sorted { stage(roles[$0]) < stage(roles[$1]) }
+  for number in order {
+    seats[number].send(.drain)
+    let isDrained = seats[number].await { if case .drained = $0 { true } else { false } }
+    holds = holds && isDrained
+  }
+  var handedOn: UInt64 = 0
+  var takenOver: UInt64 = 0
+  for number in order.reversed() {
+    seats[number].send(.stop)
+    let isStopped = seats[number].await { report in
+      if case .audited(let audit) = report {
+        holds = holds && audit.holds && audit.dropped == 0
+        handedOn += audit.handedOn
+        takenOver += audit.takenOver
+      }
+      return if case .stopped = report { true } else { false }
+    }
+    precondition(isStopped, "a worker of the benchmark does not stop")
+  }
+  for thread in threads { thread.join() }
+  holds = holds && handedOn == takenOver && seats.allSatisfy { $0.sendsAreRight }
+  return Run(shares: seats.map(\.share), holds: holds)
+}
+
+/// Where a worker is on the way of a frame: one that receives is first, even where it sends too.
+private func stage(_ roles: Roles) -> Int { roles.contains(.receive) ? 0 : roles.contains(.route) ? 1 : 2 }
+
+private func measure(_ layouts: [[Roles]], _ scene: Scene, _ cpus: [Int], _ report: Report) {
+  // The layouts take turns, so that what else the machine does meets all of them.
+  var runs = [[Run]](repeating: [], count: layouts.count)
+  for _ in 0..<report.repetitions {
+    for place in layouts.indices {
+      guard
+        let run = try? run(
+          layouts[place], scene, cpus, milliseconds: report.isSmoke ? 10 : 200,
+          framesMin: report.isSmoke ? 2_000 : 100_000)
+      else {
+        return report.check(false, "layouts: \(name(layouts[place])): rings and memory are made")
+      }
+      runs[place].append(run)
+    }
+  }
+
+  report.table(
+    scene.name, "ns a frame of all busy cores",
+    columns: ["min", "median", "max", "M/s", "per busy", "plain", "per core"]
+  )
+  let fused = median(runs[0].map(\.busyNanosecondsPerFrame))
+  let fusedRate = median(runs[0].map(\.framesPerSecond))
+  for (layout, runs) in zip(layouts, runs) {
+    let isRight = runs.allSatisfy { run in run.holds && run.shares.allSatisfy { $0.frames > 0 } }
+    report.check(isRight, "layouts: \(name(layout)): \(scene.name): every frame is sent as it came, none is lost")
+    let costs = runs.map(\.busyNanosecondsPerFrame).sorted()
+    let cost = median(costs)
+    let rate = median(runs.map(\.framesPerSecond))
+    let figures = [costs[0], cost, costs[costs.count - 1], rate / 1e6, fused / cost, rate / fusedRate]
+    let values = figures + [rate / fusedRate / Double(layout.count)]
+    report.row(name(layout), values.map { Report.decimal($0, 2) })
+    for (number, roles) in layout.enumerated() {
+      let shares = runs.map { $0.shares[number] }
+      let core = median(shares.map { Double($0.busyNanoseconds) * 100 / Double(max(1, $0.nanoseconds)) })
+      let nanoseconds = Report.decimal(median(shares.map(\.nanosecondsPerFrame)), 2)
+      let batch = Report.decimal(median(shares.map(\.framesPerTurn)), 1)
+      let interruptions = shares.reduce(0) { $0 + $1.interruptions }
+      report.note(
+        "  \(roles) on CPU \(cpus[number]): \(nanoseconds) ns a frame, \(Report.decimal(core, 0)) % of the core, "
+          + "\(batch) frames a turn, \(interruptions) turns interrupted")
+    }
+  }
+}
+
+private func name(_ layout: [Roles]) -> String {
+  layout == [.all] ? "fused" : layout.map(\.description).joined(separator: " | ")
+}
+
+private func median(_ values: [Double]) -> Double { values.sorted()[values.count / 2] }
