@@ -177,7 +177,7 @@ public enum Doctor {
 
   // MARK: Packet ports
 
-  /// PACKET_VNET_HDR_SZ of linux/if_packet.h (kernel 6.3), newer than some headers.
+  /// PACKET_VNET_HDR_SZ of linux/if_packet.h (kernel 6.4), newer than some headers.
   private static let headerSizeOption: CInt = 24
   /// The header that TAP ports have too: struct virtio_net_hdr_mrg_rxbuf of linux/virtio_net.h, in bytes.
   private static let headerBytes: CInt = 12
@@ -199,7 +199,7 @@ public enum Doctor {
       DoctorItem("AF_PACKET", "opens", .ok, cost: "no packet ports"),
       DoctorItem(
         "AF_PACKET virtio header", hasHeader ? "yes" : "no", hasHeader ? .ok : .absent,
-        cost: "no packet ports: frames would come without their offloads (PACKET_VNET_HDR_SZ, kernel 6.3)",
+        cost: "no packet ports: frames would come without their offloads (PACKET_VNET_HDR_SZ, kernel 6.4)",
         remedy: "use a newer kernel"),
     ]
   }

@@ -381,8 +381,8 @@ private enum PlainReference {
       found += match == nil ? 0 : 1
     }
     #expect(found > lookups / 4)
-    // By construction 18 buckets of at most 8; in fact one group read for each pattern is seldom reached.
-    #expect(most <= 2 * RoutePattern.allCases.count)
+    // At most 18 buckets of at most 8; in fact hardly any has two groups, whatever the seed of the hash is.
+    #expect(most <= 3 * RoutePattern.allCases.count)
     #expect(total <= 10 * lookups, "\(total) groups read")
     for range in 0..<network.snapshot.view.routes.bucketStarts.count - 1 {
       let starts = network.snapshot.view.routes.bucketStarts

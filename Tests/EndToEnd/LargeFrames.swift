@@ -152,7 +152,7 @@ extension EndToEnd {
         #expect(large.received == 0)
         #expect(try nodes[0].forwarder.counters().total("drop_too_big", .links) == large.sent)
         #expect(try a.ping(b, payloadBytes: 1300, mayFragment: false).isComplete, "shorter frames go on")
-        #expect(eventually { nodes[0].forwarder.isLogged("carries another length") })
+        #expect(eventually { nodes[0].forwarder.isLogged("carries less now") })
 
         try setUnderlay(1550)
         #expect(try eventually { try a.ping(b, count: 1, payloadBytes: 1472, mayFragment: false).isComplete })

@@ -36,8 +36,8 @@ struct ForwarderRun {
     // For the workers to open what they were told to.
     for _ in 0..<50 { for host in hosts { try host.turn() } }
 
-    // A guest is a port of a host; its number within its domain makes its MAC, so domains use the same MACs. Each host's
-    // wire counts as a domain of its own, behind those of all hosts.
+    // A guest is a port of a host; its number within its domain makes its MAC, so domains use the same MACs. Each
+    // host's wire counts as a domain of its own, behind those of all hosts.
     struct Guest {
       var host: Int
       var port: Int

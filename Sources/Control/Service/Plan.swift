@@ -151,7 +151,7 @@ struct Plan {
       ports[port].domain.map { ports[other].domain == $0 } ?? (partner(ofPort: port) == other)
     }
     let limits = beside.compactMap { devices[$0] } + [carriedBytes(port: port, linkMTUBytes: linkMTUBytes)]
-    return limits.compactMap { $0 }.min() ?? 1_500
+    return min(limits.compactMap { $0 }.min() ?? 1_500, TapDevice.mtuBytesMax)
   }
 
   /// What the links of a port's domain carry of its frames without fragments; nil in a domain without links.

@@ -509,9 +509,13 @@ public final class Service {
     else { return }
     let carried = plan.mtuBytesMax(link: link, underlayMTUBytes: path)
     guard carried != linkMTUBytesMax[link] else { return }
+    let isLess = carried < linkMTUBytesMax[link]
     linkMTUBytesMax[link] = carried
-    log.warning(
-      "the path of a link carries another length now: longer frames are dropped (drop_too_big)",
+    log.log(
+      level: isLess ? .warning : .info,
+      isLess
+        ? "the path of a link carries less now: longer frames are dropped (drop_too_big)"
+        : "the path of a link carries more now",
       metadata: ["name": "\(configured.name)", "mtu": "\(carried)"])
     for worker in workers where plan.transmitters.contains(worker.plan.number) {
       worker.send(.addInterface(plan.interface(link: link), record(ofLink: link, at: worker.plan.number)))

@@ -56,6 +56,9 @@ public struct TapDevice: Sendable {
   /// Whether the device was made here, rather than found.
   public let wasMade: Bool
 
+  /// The longest payload that a TAP takes: an IP packet of 65,535 bytes less the Ethernet header (`MAX_MTU` and
+  /// `hard_header_len` of the kernel's drivers/net/tun.c).
+  public static let mtuBytesMax = 65_521
   /// The kernel's limit of queues a device (`MAX_TAP_QUEUES`), and far more than there are workers.
   public static let queuesMax = 256
   private static let path = "/dev/net/tun"
@@ -146,7 +149,8 @@ public struct TapDevice: Sendable {
     defer { Glibc.close(control) }
     if unsafe clinux_device_set_mtu(control, name, Int32(mtuBytes)) < 0 {
       throw PortError(
-        doing: "set the MTU of \(name) to \(mtuBytes)", number: errno, remedy: "choose an MTU from 68 to 65521")
+        doing: "set the MTU of \(name) to \(mtuBytes)", number: errno, remedy: "choose an MTU from 68 to \(mtuBytesMax)"
+      )
     }
     let bytes = (0..<6).map { UInt8(truncatingIfNeeded: mac.bits >> UInt64(40 - 8 * $0)) }
     guard unsafe clinux_device_set_mac(control, name, bytes) == 0 else {
