@@ -103,6 +103,27 @@ private final class Parcel<Content: ~Copyable>: @unchecked Sendable {
     #expect(expected > 16 * 100)
   }
 
+  @Test("staged items are seen when they are published, in order, round the end of the ring, and take up room before")
+  func staged() {
+    let ring = SPSCRing<UInt16>(capacity: 4)
+    var producer = ring.makeProducer()
+    var consumer = ring.makeConsumer()
+    let items: [UInt16] = [10, 11, 12]
+    for _ in 0..<3 {
+      let roomBefore = producer.room(for: 3)
+      #expect(roomBefore == 4)
+      for place in items.indices { producer.stage(place, of: items.span) }
+      let roomLeft = producer.room(for: 2)
+      #expect(roomLeft == 1)
+      let early = consumer.pop()
+      #expect(early == nil)
+      producer.publish()
+      var popped: [UInt16] = []
+      while let item = consumer.pop() { popped.append(item) }
+      #expect(popped == items)
+    }
+  }
+
   @Test("an empty ring gives nothing, and an empty batch moves nothing")
   func empty() {
     let ring = SPSCRing<UInt8>(capacity: 4)

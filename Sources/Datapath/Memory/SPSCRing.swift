@@ -90,8 +90,8 @@ public final class SPSCRing<Element: BitwiseCopyable>: @unchecked Sendable {
       return count
     }
 
-    /// Puts one of `batch` behind the others, where the consumer does not see it before `publish`; traps when the ring
-    /// is full. It is copied as bytes, not field by field.
+    /// Puts one of `batch` behind the others, where the consumer does not see it before `publish`. The caller has asked
+    /// for `room`; without any it traps. The item is copied as bytes, not field by field.
     @inlinable
     public mutating func stage(_ index: Int, of batch: Span<Element>) {
       precondition(tail &- headSeen <= ring.mask, "an item is staged that does not fit on the ring")
