@@ -85,8 +85,8 @@ struct NumberedFrame: Equatable {
   }
 }
 
-/// TCP frames over IPv4 that can be told apart, sent as one super-frame: each segment carries its flow, its number there
-/// and bytes that follow from both.
+/// TCP frames over IPv4 that can be told apart, sent as one super-frame: each segment carries its flow, its number
+/// there and bytes that follow from both.
 struct NumberedSuperFrame: Equatable {
   var destination: UInt64
   var source: UInt64
@@ -216,8 +216,8 @@ struct OrderChecker {
   private(set) var problems: [String] = []
   private var last: [UInt32: UInt32] = [:]
 
-  /// Looks at what a worker wrote to a device; returns it, a segment or super-frame as a frame of its first number, when
-  /// it arrived whole.
+  /// Looks at what a worker wrote to a device; returns it, a segment or super-frame as a frame of its first number,
+  /// when it arrived whole.
   mutating func check(_ written: SimulatedNetwork.WrittenFrame) -> NumberedFrame? {
     guard NumberedSuperFrame.isOne(written.frame) else { return check(written.frame) }
     let isWhole = written.virtioHeader.contains { $0 != 0 }
