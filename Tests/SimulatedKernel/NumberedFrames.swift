@@ -85,8 +85,8 @@ struct NumberedFrame: Equatable {
   }
 }
 
-/// TCP frames over IPv4 that can be told apart, sent as one super-frame: each segment carries its flow, its number there
-/// and bytes that follow from both.
+/// TCP frames over IPv4 that can be told apart, sent as one super-frame: each segment carries its flow, its number
+/// there and bytes that follow from both.
 struct NumberedSuperFrame: Equatable {
   var destination: UInt64
   var source: UInt64

@@ -19,6 +19,13 @@ struct ForwarderRun {
   var plantedCount = 0
   var nanoseconds: UInt64 = 0
 
+  /// Deliveries that show that a way was taken.
+  enum Sight: CaseIterable {
+    case superFrame, superFrameOfPipeline, segment, segmentOfPipeline, relayed, relayedBroadcast, byWire, byRules
+    case copyByRules, copyByRulesOfPipeline, byVNETP
+  }
+  var sights: Set<Sight> = []
+
   /// What was found, by the check that finds it.
   var ordering: [String] = []
   var conservation: [String] = []
@@ -58,6 +65,30 @@ struct ForwarderRun {
     }
     var numbers: [UInt32: UInt32] = [:]
 
+    func see(
+      _ frame: NumberedFrame, _ written: SimulatedNetwork.WrittenFrame, from source: Guest, at guest: Guest
+    ) {
+      let isPipeline = plan.workers > 1
+      let isCopy = frame.destination == NumberedFrame.broadcast
+      func add(_ sight: Sight, _ isSeen: Bool) { if isSeen { sights.insert(sight) } }
+      if NumberedSuperFrame.isOne(written.frame) {
+        let isWhole = written.virtioHeader.contains { $0 != 0 }
+        add(isWhole ? .superFrame : .segment, true)
+        add(isWhole ? .superFrameOfPipeline : .segmentOfPipeline, isPipeline)
+        if isWhole && source.host != guest.host { problems.append("a super-frame came over a link") }
+        if !isWhole && source.host == guest.host { problems.append("a super-frame was cut for a port") }
+      }
+      add(.relayed, abs(source.host - guest.host) == 2 && plan.isChain)
+      add(.relayedBroadcast, abs(source.host - guest.host) == 2 && plan.isChain && isCopy)
+      add(.byWire, guest.domain >= plan.domains)
+      let isByRules = guest.domain < plan.domainsWithRules
+      add(.byRules, isByRules)
+      // Beside the other guest there always is a link.
+      add(.copyByRules, isByRules && isCopy && plan.guests > 1)
+      add(.copyByRulesOfPipeline, isByRules && isCopy && plan.guests > 1 && isPipeline)
+      add(.byVNETP, plan.encapsulation == .vnetp && source.host != guest.host)
+    }
+
     /// Takes what arrived at the guests and checks it.
     func look() {
       for place in guests.indices {
@@ -65,6 +96,7 @@ struct ForwarderRun {
           let before = guests[place].checker.delivered
           guard let frame = guests[place].checker.check(written) else { continue }
           delivered += guests[place].checker.delivered - before
+          see(frame, written, from: guests[Int(frame.flow >> 16 & 0xFF)], at: guests[place])
           if frame.flow >> 24 != guests[place].domain {
             problems.append("a frame of domain \(frame.flow >> 24) reached domain \(guests[place].domain)")
           }
@@ -238,18 +270,21 @@ struct ForwarderRun {
   func manySeeds() throws {
     var delivered = 0
     var reached: [Counter: Int] = [:]
+    var sights: Set<ForwarderRun.Sight> = []
     var failures = 0
     for seed in Self.seeds {
       let run = try ForwarderRun(seed: seed)
       #expect(run.all == [], "seed \(seed)")
       delivered += run.delivered
       reached.merge(run.reached, uniquingKeysWith: +)
+      sights.formUnion(run.sights)
       if !run.all.isEmpty { failures += 1 }
       if failures == 5 { break }
     }
     // The mixtures must neither let nothing through nor be harmless: what they are for is reached.
     #expect(delivered > 50 * Self.seeds.count)
     guard Self.seeds.count >= 200 else { return }
+    for sight in ForwarderRun.Sight.allCases { #expect(sights.contains(sight), "\(sight) was never seen") }
     for counter in Self.mustBeReached { #expect(reached[counter, default: 0] > 0, "\(counter) was never reached") }
   }
 

@@ -47,15 +47,16 @@ import Testing
     // What a transmitter may keep of a receiver's slots, and the batch that it had begun with.
     let waitingMax = plan.slots / 2 + 16
     var waitingMost = 0
+    var refused = 0
     for _ in 0..<frames {
       for (port, other) in [(0, 1), (0, slow), (1, 0), (1, slow)] {
-        let isSent = send(from: port, to: other)
-        #expect(isSent, "receives starved: a device's queue is full")
+        if !send(from: port, to: other) { refused += 1 }
       }
       try turn(4)
       waitingMost = max(waitingMost, host.port(slow, .offeredFrames) - host.port(slow, .dropQueueFull) - 2)
     }
     try turn(500)
+    #expect(refused == 0, "receives starved: a device's queue was full")
     #expect(network.framesQueued == 0, "everything was received")
     #expect(checkers.map(\.delivered) == [2 + frames, 2 + frames, 2])
     #expect(waitingMost <= waitingMax)
