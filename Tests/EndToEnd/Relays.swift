@@ -115,8 +115,14 @@ extension EndToEnd {
         for report in reports { expectConservation(report) }
         #expect(reports.reduce(0) { $0 + $1.total("mac_freezes", .domains) } > 0, "what else ended it?")
 
-        // A chain of what is left; guests that the ring has not frozen.
-        try nodes[2].forwarder.stop()
+        // What flaps is held where it was first heard, so that the ring is a tree to it; until then answers may get
+        // lost, or come twice.
+        for (a, b) in [(0, 1), (1, 2), (2, 0)] {
+          #expect(try eventually { try guests[a].ping(guests[b], count: 2).isComplete }, "\(a) to \(b)")
+        }
+
+        // A chain of what is left; addresses that are not held where a copy came the long way round.
+        try expectConservation(nodes[2].forwarder.stop())
         try expectConservation(nodes[0].forwarder.counters())
         let newcomers = [MAC(0x02, 0, 0, 0, 0, 0x71), MAC(0x02, 0, 0, 0, 0, 0x72)]
         for round in 0..<5 {
@@ -132,7 +138,10 @@ extension EndToEnd {
 
     /// One direction of the ring alone: a frame that goes round meets itself on the same side each time, so that no
     /// address moves; the limit of floods is what ends it.
-    @Test func aFrameThatGoesRoundOneWayMeetsTheLimitOfFloods() throws {
+    @Test("a frame that goes round one way meets the limit of floods", arguments: [100, nil])
+    func oneWay(limit: Int?) throws {
+      // The default of domains that a relay carries is higher.
+      let framesMax = 3 * (limit ?? 50_000)
       try withLab { lab in
         let hosts = try lab.hosts(3)
         // The first host reaches the second, the second the third, the third the first; none reaches the one before.
@@ -140,14 +149,13 @@ extension EndToEnd {
           let before = hosts[(host.index + 2) % 3].address
           try host.namespace.ip("route", "add", "unreachable", before + "/32")
         }
-        let limit = 100
         let nodes = try nodes(
           lab, hosts, edges: [(0, 1), (1, 2), (2, 0)], encapsulation: "vxlan", floodLimit: limit)
         let socket = try PacketSocket(in: nodes[0].guests[0].namespace)
         try socket.send(Frame.numbered(1, to: .broadcast, from: nodes[0].guests[0].mac))
         let frames = try #require(try framesUntilQuiet(nodes), "the frame still goes round")
         #expect(frames >= 3, "it never went round")
-        #expect(frames <= 3 * limit)
+        #expect(frames <= framesMax)
         let reports = try nodes.map { try $0.forwarder.counters() }
         #expect(reports.reduce(0) { $0 + $1.total("drop_flood_limit", .domains) } > 0)
         try stopAll(nodes)
