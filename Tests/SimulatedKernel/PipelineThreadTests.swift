@@ -250,6 +250,8 @@ private struct SleepingIO: ~Copyable, WorkerIO {
       seat.join()
       seat.beforeTurn()
     }
+    // They hold their seats, which hold them.
+    for seat in seats { seat.beforeTurn = {} }
     #expect(delivered.load(ordering: .relaxed) >= least)
     #expect(problems.all == [])
     #expect(audits.count == seats.count)
