@@ -52,7 +52,7 @@ public final class Service {
   private let tables: [MACTable]
   private let snapshot: Snapshot
   private var workers: [WorkerThread] = []
-  private let startNanoseconds = Service.now()
+  private let startNanoseconds = MonotonicClock.now()
 
   private var underlaySockets: [UnderlayState] = []
   private var ports: [PortState] = []
@@ -380,10 +380,10 @@ public final class Service {
 
   private func awaitStart() throws {
     var isStarted = [Bool](repeating: false, count: workers.count)
-    let deadline = Self.now() + 10_000_000_000
+    let deadline = MonotonicClock.now() + 10_000_000_000
     while !isStarted.allSatisfy({ $0 }) {
       waitForSomething(milliseconds: 100)
-      guard Self.now() < deadline else {
+      guard MonotonicClock.now() < deadline else {
         throw Failure(
           description: "workers did not start within 10 s; see whether their CPUs are busy with real-time threads")
       }
@@ -442,9 +442,9 @@ public final class Service {
   private func loop() throws {
     // Once a second, or twice in the time that the service manager allows.
     let tickNanoseconds = min(1_000_000_000, UInt64(notify.watchdogMicroseconds ?? 2_000_000) * 500)
-    var nextTick = Self.now() + tickNanoseconds
+    var nextTick = MonotonicClock.now() + tickNanoseconds
     while true {
-      let left = Int(nextTick &- min(nextTick, Self.now())) / 1_000_000 + 1
+      let left = Int(nextTick &- min(nextTick, MonotonicClock.now())) / 1_000_000 + 1
       waitForSomething(milliseconds: Int32(clamping: left))
       while let signal = signals.next() {
         if signal == SIGUSR1 {
@@ -456,8 +456,8 @@ public final class Service {
       for worker in workers {
         while let report = worker.nextReport() { handle(report, of: worker) }
       }
-      guard Self.now() >= nextTick else { continue }
-      nextTick = Self.now() + tickNanoseconds
+      guard MonotonicClock.now() >= nextTick else { continue }
+      nextTick = MonotonicClock.now() + tickNanoseconds
       tick()
     }
   }
@@ -474,7 +474,7 @@ public final class Service {
   }
 
   private func tick() {
-    let seconds = UInt32(truncatingIfNeeded: (Self.now() - startNanoseconds) / 1_000_000_000 + 1)
+    let seconds = UInt32(truncatingIfNeeded: (MonotonicClock.now() - startNanoseconds) / 1_000_000_000 + 1)
     for (index, table) in tables.enumerated() {
       let removed = table.sweep(
         nowSeconds: seconds, ageingSeconds: UInt32(configuration.domains[index].ageingSeconds))
@@ -669,8 +669,8 @@ public final class Service {
   private func askForAudits() -> [Audit?] {
     for worker in workers { worker.send(.audit) }
     var audits = [Audit?](repeating: nil, count: workers.count)
-    let deadline = Self.now() + 1_000_000_000
-    while audits.contains(where: { $0 == nil }), Self.now() < deadline {
+    let deadline = MonotonicClock.now() + 1_000_000_000
+    while audits.contains(where: { $0 == nil }), MonotonicClock.now() < deadline {
       waitForSomething(milliseconds: 100)
       for worker in workers {
         while let report = worker.nextReport() {
@@ -715,12 +715,6 @@ public final class Service {
       guard written > 0 else { return }
       bytes = bytes.dropFirst(written)
     }
-  }
-
-  private static func now() -> UInt64 {
-    var time = timespec()
-    unsafe clock_gettime(CLOCK_MONOTONIC, &time)
-    return UInt64(time.tv_sec) * 1_000_000_000 + UInt64(time.tv_nsec)
   }
 }
 

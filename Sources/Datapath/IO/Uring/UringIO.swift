@@ -626,11 +626,7 @@ public struct UringIO: ~Copyable, WorkerIO {
     events.append(event)
   }
 
-  public func now() -> UInt64 {
-    var time = timespec()
-    unsafe clock_gettime(CLOCK_MONOTONIC, &time)
-    return UInt64(time.tv_sec) &* 1_000_000_000 &+ UInt64(time.tv_nsec)
-  }
+  public func now() -> UInt64 { MonotonicClock.now() }
 
   public mutating func wake(_ waker: Int32) { Waker.wake(waker) }
 
