@@ -112,7 +112,7 @@ private final class Parcel<Content: ~Copyable>: @unchecked Sendable {
     for _ in 0..<3 {
       let roomBefore = producer.room(for: 3)
       #expect(roomBefore == 4)
-      for place in items.indices { producer.stage(place, of: items.span) }
+      for item in items { producer.stage(item) }
       let roomLeft = producer.room(for: 2)
       #expect(roomLeft == 1)
       let early = consumer.pop()

@@ -90,21 +90,6 @@ public struct CounterTable: ~Copyable {
     domain.add(.outBytes, Int(descriptor.length))
   }
 
-  /// A frame goes on to the next worker.
-  @inline(__always)
-  func countHandedOn(_ descriptor: Descriptor) { countHop(.handedOnFrames, descriptor) }
-  /// A frame came from the worker before.
-  @inline(__always)
-  func countTakenOver(_ descriptor: Descriptor) { countHop(.takenOverFrames, descriptor) }
-
-  @inline(__always)
-  private func countHop(_ counter: Counter, _ descriptor: Descriptor) {
-    let frames = Int(descriptor.wireFrames)
-    guard descriptor.ingress != .none else { return underlay.add(counter, frames) }
-    worker.add(counter, frames)
-    self[descriptor.domain]?.add(counter, frames)
-  }
-
   /// A frame ends here, under one name: charged to the interface (its ingress, or the egress that it did not get out
   /// of) and to its domain.
   @inline(__always)

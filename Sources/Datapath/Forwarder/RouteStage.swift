@@ -27,7 +27,7 @@ struct RouteStage: ~Copyable {
     if isFromUnderlay {
       guard identify(&descriptor, &memory, counters) else { return }
     }
-    guard let parsed = parse(descriptor, memory) else {
+    guard let parsed = parse(descriptor, &memory) else {
       // A port's runts ended in the receive stage.
       return drop(.dropBadInnerLength, descriptor, &memory, counters)
     }
@@ -49,7 +49,7 @@ struct RouteStage: ~Copyable {
       let isOfFrames = learned == .macFrozenFrames || learned == .macLimitFrames
       counters[descriptor.domain]?.add(learned, isOfFrames ? Int(descriptor.wireFrames) : 1)
     }
-    let vni = router.view.vni(of: descriptor.domain) ?? 0
+    let vni = router.vni(of: descriptor.domain)
     switch decision.action {
     case .unicast(let egress):
       batch.append(RoutedFrame(descriptor: descriptor, target: .unicast(egress), vni: vni))
@@ -72,7 +72,7 @@ struct RouteStage: ~Copyable {
   }
 
   @inline(__always)
-  private func parse(_ descriptor: Descriptor, _ memory: borrowing FrameMemory) -> ParsedFrame? {
+  private func parse(_ descriptor: Descriptor, _ memory: inout FrameMemory) -> ParsedFrame? {
     ParsedFrame(headers: memory.head(of: descriptor), frameBytes: Int(descriptor.length))
   }
 

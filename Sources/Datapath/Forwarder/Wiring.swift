@@ -53,14 +53,15 @@ public struct Wiring: ~Copyable {
     let depth = settings.ringFrames ?? settings.slots
     for number in roles.indices {
       for router in Roles.routers(ofReceiver: number, among: roles) where router != number {
-        let ring = SPSCRing<Descriptor>(capacity: depth)
+        let ring = FrameRing<Descriptor>(capacity: depth)
         joints[number]!.toRouters.append(Outlet(ring, to: bells[router]))
-        joints[router]!.fromReceivers.append(ring.makeConsumer())
+        joints[router]!.fromReceivers.append(ring)
       }
       for transmitter in Roles.transmitters(ofRouter: number, among: roles) where transmitter != number {
-        let ring = SPSCRing<RoutedFrame>(capacity: settings.ringFrames ?? depth * max(1, feeders(of: number).count))
+        let capacity = settings.ringFrames ?? depth * max(1, feeders(of: number).count)
+        let ring = FrameRing<RoutedFrame>(capacity: capacity)
         joints[number]!.toTransmitters.append(Outlet(ring, to: bells[transmitter]))
-        joints[transmitter]!.fromRouters.append(ring.makeConsumer())
+        joints[transmitter]!.fromRouters.append(ring)
       }
     }
     for receiver in roles.indices where roles[receiver].contains(.receive) {
@@ -116,7 +117,7 @@ public struct Joints: ~Copyable {
   var fromReceivers: Inlets<Descriptor>
   var fromRouters: Inlets<RoutedFrame>
   var givesBack: OwnedArray<SlotOutlet>
-  var comesBack: Inlets<UInt32>
+  var comesBack: SlotInlets
 
   /// More neighbours than any machine has cores for workers.
   static var neighboursMax: Int { 256 }
@@ -132,7 +133,7 @@ public struct Joints: ~Copyable {
     fromReceivers = Inlets()
     fromRouters = Inlets()
     givesBack = OwnedArray(capacity: Self.neighboursMax)
-    comesBack = Inlets()
+    comesBack = SlotInlets()
   }
 
   /// Whether neighbours hand frames on to this worker.
@@ -148,26 +149,40 @@ public struct Joints: ~Copyable {
   }
 }
 
-/// The way to one neighbour.
-struct Outlet<Element: BitwiseCopyable & Sendable>: ~Copyable {
-  private var ring: SPSCRing<Element>.Producer
+/// The way of frames to one neighbour.
+struct Outlet<Frame: Crosses>: ~Copyable {
+  private var ring: SPSCRing<Crossing>.Producer
+  /// For frames that cross whole: as many places, so that there is room where `ring` has some.
+  private var beside: SPSCRing<Frame>.Producer
   private let bell: Bell
   private var hasStaged = false
 
-  init(_ ring: SPSCRing<Element>, to bell: Bell) {
-    self.ring = ring.makeProducer()
+  init(_ ring: FrameRing<Frame>, to bell: Bell) {
+    self.ring = ring.crossings.makeProducer()
+    beside = ring.beside.makeProducer()
     self.bell = bell
   }
 
-  /// Whether one more item fits.
+  /// Whether one more frame fits.
   @inline(__always)
   mutating func hasRoom() -> Bool { ring.room(for: 1) > 0 }
 
-  /// Puts one of `batch` on the ring, where there is room; the neighbour sees it after `flush`.
+  /// Puts a frame on the ring, where there is room, with the name that its buffer has there; the neighbour sees it
+  /// after `flush`.
   @inline(__always)
-  mutating func stage(_ place: Int, of batch: borrowing Batch<Element>) {
-    ring.stage(place, of: batch.span())
+  mutating func stage(_ frame: borrowing Frame, _ buffer: BufferReference) {
     hasStaged = true
+    if frame.fits(buffer) { return ring.stage(frame.crossing(buffer)) }
+    stageBeside(frame, buffer)
+  }
+
+  @inline(never)
+  private mutating func stageBeside(_ frame: borrowing Frame, _ buffer: BufferReference) {
+    var frame = copy frame
+    frame.descriptor.buffer = buffer
+    let isPushed = beside.push(frame)
+    precondition(isPushed, "the ring beside is full")
+    ring.stage(.beside)
   }
 
   /// Hands over what was staged, and wakes the neighbour if it sleeps; true if it did.
@@ -176,22 +191,18 @@ struct Outlet<Element: BitwiseCopyable & Sendable>: ~Copyable {
     guard hasStaged else { return false }
     hasStaged = false
     ring.publish()
-    return wakeNeighbour(&io)
+    return bell.wakeSleeper(&io)
   }
+}
 
-  /// The same with items that lie together, and fit.
-  @inline(__always)
-  mutating func push(_ items: Span<Element>, _ io: inout some WorkerIO & ~Copyable) -> Bool {
-    let count = ring.push(items)
-    precondition(count == items.count, "more was pushed than fits on the ring")
-    return wakeNeighbour(&io)
-  }
+/// The two rings from one worker to another.
+struct FrameRing<Frame: Crosses> {
+  let crossings: SPSCRing<Crossing>
+  let beside: SPSCRing<Frame>
 
-  @inline(__always)
-  private func wakeNeighbour(_ io: inout some WorkerIO & ~Copyable) -> Bool {
-    guard bell.mustRing() else { return false }
-    io.wake(bell.waker)
-    return true
+  init(capacity: Int) {
+    crossings = SPSCRing(capacity: capacity)
+    beside = SPSCRing(capacity: capacity)
   }
 }
 
@@ -199,45 +210,62 @@ struct Outlet<Element: BitwiseCopyable & Sendable>: ~Copyable {
 struct SlotOutlet: ~Copyable {
   /// The worker whose slots they are.
   let receiver: Int
-  private var outlet: Outlet<UInt32>
+  private var ring: SPSCRing<UInt32>.Producer
+  private let bell: Bell
 
   init(_ ring: SPSCRing<UInt32>, of receiver: Int, to bell: Bell) {
     self.receiver = receiver
-    outlet = Outlet(ring, to: bell)
+    self.ring = ring.makeProducer()
+    self.bell = bell
   }
 
   @inline(__always)
   mutating func flush(_ memory: inout FrameMemory, _ io: inout some WorkerIO & ~Copyable) -> Bool {
-    guard memory.returnedCount(of: receiver) > 0 else { return false }
-    // The ring has as many places as the receiver has slots.
-    let rang = outlet.push(memory.returnedSlots(of: receiver), &io)
+    let count = memory.returnedCount(of: receiver)
+    guard count > 0 else { return false }
+    let pushed = ring.push(memory.returnedSlots(of: receiver))
+    precondition(pushed == count, "the ring has not as many places as the receiver has slots")
     memory.forgetReturned(of: receiver)
-    return rang
+    return bell.wakeSleeper(&io)
+  }
+}
+
+extension Bell {
+  /// After a push: wakes the neighbour if it sleeps; true if it did.
+  @inline(__always)
+  fileprivate func wakeSleeper(_ io: inout some WorkerIO & ~Copyable) -> Bool {
+    guard mustRing() else { return false }
+    io.wake(waker)
+    return true
   }
 }
 
 /// What comes from all neighbours of one kind.
-struct Inlets<Element: BitwiseCopyable & Sendable>: ~Copyable {
-  private var rings: OwnedArray<SPSCRing<Element>.Consumer>
+struct Inlets<Frame: Crosses>: ~Copyable {
+  private var rings: OwnedArray<Inlet<Frame>>
   /// The ring to begin with: they take turns.
   private var first = 0
 
   init() { rings = OwnedArray(capacity: Joints.neighboursMax) }
 
-  mutating func append(_ ring: consuming SPSCRing<Element>.Consumer) { rings.append(ring) }
+  mutating func append(_ ring: FrameRing<Frame>) { rings.append(Inlet(ring)) }
 
   var count: Int { rings.count }
 
-  /// Items that all rings together hold.
+  /// Frames that all rings together hold.
   var capacity: Int {
     var sum = 0
     for index in 0..<rings.count { sum += rings[index].capacity }
     return sum
   }
 
-  /// Appends up to `most` items to `batch`, an equal share of each ring first.
+  /// Takes over up to `most` frames into `batch`, an equal share of each ring first. They are held once from now on, by
+  /// worker `own`, this one.
   @inline(__always)
-  mutating func take(_ most: Int, into batch: inout Batch<Element>) {
+  mutating func take(
+    _ most: Int, by own: Int, _ memory: inout FrameMemory, _ counters: borrowing CounterTable,
+    into batch: inout Batch<Frame>
+  ) {
     guard rings.count > 0 else { return }
     var left = min(most, batch.room)
     var share = max(1, left / rings.count)
@@ -245,7 +273,7 @@ struct Inlets<Element: BitwiseCopyable & Sendable>: ~Copyable {
       for step in 0..<rings.count where left > 0 {
         var index = first + step
         if index >= rings.count { index -= rings.count }
-        left -= batch.append(from: &rings[index], upTo: min(share, left))
+        left -= rings[index].take(min(share, left), by: own, &memory, counters, into: &batch)
       }
       // What some did not use, the others may.
       share = left
@@ -258,5 +286,77 @@ struct Inlets<Element: BitwiseCopyable & Sendable>: ~Copyable {
   mutating func isEmpty() -> Bool {
     for index in 0..<rings.count where !rings[index].isEmpty() { return false }
     return true
+  }
+}
+
+/// What comes from one neighbour.
+struct Inlet<Frame: Crosses>: ~Copyable {
+  private var ring: SPSCRing<Crossing>.Consumer
+  private var beside: SPSCRing<Frame>.Consumer
+
+  init(_ ring: FrameRing<Frame>) {
+    self.ring = ring.crossings.makeConsumer()
+    beside = ring.beside.makeConsumer()
+  }
+
+  var capacity: Int { ring.capacity }
+
+  @inline(__always)
+  mutating func isEmpty() -> Bool { ring.isEmpty() }
+
+  /// Appends up to `most` frames to `batch`, which has room; returns how many.
+  @inline(__always)
+  mutating func take(
+    _ most: Int, by own: Int, _ memory: inout FrameMemory, _ counters: borrowing CounterTable,
+    into batch: inout Batch<Frame>
+  ) -> Int {
+    let count = ring.ready(most)
+    guard count > 0 else { return 0 }
+    var takenOver = CrossingCount(.takenOverFrames)
+    for _ in 0..<count {
+      let crossing = ring.read()
+      if crossing.isBeside {
+        takeBeside(by: own, &memory, into: &batch)
+      } else {
+        batch.append(Frame(crossing, memory.takeOver(crossing.buffer, by: own)))
+      }
+      takenOver.count(batch[batch.count - 1].descriptor, counters)
+    }
+    ring.free()
+    takenOver.flush(counters)
+    return count
+  }
+
+  @inline(never)
+  private mutating func takeBeside(by own: Int, _ memory: inout FrameMemory, into batch: inout Batch<Frame>) {
+    guard var frame = beside.pop() else { preconditionFailure("a mark on the ring, and nothing beside") }
+    frame.descriptor.buffer = memory.takeOver(frame.descriptor.buffer, by: own)
+    batch.append(frame)
+  }
+}
+
+/// Slots that neighbours give back.
+struct SlotInlets: ~Copyable {
+  private var rings: OwnedArray<SPSCRing<UInt32>.Consumer>
+
+  init() { rings = OwnedArray(capacity: Joints.neighboursMax) }
+
+  mutating func append(_ ring: consuming SPSCRing<UInt32>.Consumer) { rings.append(ring) }
+
+  @inline(__always)
+  mutating func isEmpty() -> Bool {
+    for index in 0..<rings.count where !rings[index].isEmpty() { return false }
+    return true
+  }
+
+  /// All that are there come back.
+  @inline(__always)
+  mutating func take(_ memory: inout FrameMemory) {
+    for index in 0..<rings.count {
+      let count = rings[index].ready(rings[index].capacity)
+      guard count > 0 else { continue }
+      for _ in 0..<count { memory.comeBack(Int(rings[index].read())) }
+      rings[index].free()
+    }
   }
 }

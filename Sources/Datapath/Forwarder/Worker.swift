@@ -34,8 +34,6 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   private var transmit: TransmitStage
   private let roles: Roles
   private var joints: Joints
-  /// What came back from neighbours in this turn.
-  private var slotsBack: Batch<UInt32>
 
   private var dispatch: Dispatch
   private var wait = Wait.sweep
@@ -89,8 +87,6 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
       byDomain: FixedArray(repeating: 0, count: settings.domains))
     let joints = joints ?? Joints.alone(waker: mailbox.workerWaker)
     roles = joints.roles
-    let hasNeighbours = roles != .all
-    slotsBack = Batch(capacity: hasNeighbours ? Self.eventsMax : 0, filler: 0)
     self.joints = joints
     receive = ReceiveStage(sourceCount: settings.sources, postedMax: settings.postedSlots)
     route = RouteStage(view, domainCount: settings.domains)
@@ -207,46 +203,30 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
 
   /// Takes slots and frames off the rings; hands on what was received, where routing is another's.
   private mutating func exchange() {
-    slotsBack.removeAll()
-    joints.comesBack.take(slotsBack.capacity, into: &slotsBack)
-    for place in 0..<slotsBack.count { memory.comeBack(Int(slotsBack[place])) }
+    joints.comesBack.take(&memory)
     if roles.contains(.receive) && !roles.contains(.route) {
       handOnReceived()
     } else {
-      joints.fromReceivers.take(joints.batchFrames, into: &received)
-      if joints.hasInlets { takeOverReceived() }
+      joints.fromReceivers.take(joints.batchFrames, by: joints.number, &memory, counters, into: &received)
     }
-    joints.fromRouters.take(joints.batchFrames, into: &routed)
-    takeOverRouted()
-  }
-
-  private mutating func takeOverReceived() {
-    for place in 0..<received.count {
-      received[place].buffer = memory.takeOver(received[place].buffer, by: joints.number)
-      counters.countTakenOver(received[place])
-    }
-  }
-
-  private mutating func takeOverRouted() {
-    for place in 0..<routed.count {
-      routed[place].descriptor.buffer = memory.takeOver(routed[place].descriptor.buffer, by: joints.number)
-      counters.countTakenOver(routed[place].descriptor)
-    }
+    joints.fromRouters.take(joints.batchFrames, by: joints.number, &memory, counters, into: &routed)
   }
 
   /// To one router all that came from one port, or from one sender of datagrams: so each flow stays in order.
   private mutating func handOnReceived() {
     let neighbours = joints.toRouters.count
+    var handedOn = CrossingCount(.handedOnFrames)
     for place in 0..<received.count {
       let neighbour = neighbours == 1 ? 0 : Self.origin(of: received[place]) % neighbours
       guard joints.toRouters[neighbour].hasRoom() else {
         dropForFullRing(received[place])
         continue
       }
-      counters.countHandedOn(received[place])
-      received[place].buffer = memory.handOn(received[place].buffer, from: joints.number)
-      joints.toRouters[neighbour].stage(place, of: received)
+      handedOn.count(received[place], counters)
+      joints.toRouters[neighbour].stage(
+        received[place], memory.handOn(received[place].buffer, from: joints.number))
     }
+    handedOn.flush(counters)
     for neighbour in 0..<neighbours where joints.toRouters[neighbour].flush(&io) {
       counters.worker.add(.neighbourWakes)
     }
@@ -261,6 +241,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   /// To one transmitter all frames of a flow.
   private mutating func handOnRouted() {
     let neighbours = joints.toTransmitters.count
+    var handedOn = CrossingCount(.handedOnFrames)
     for place in 0..<routed.count {
       // The upper bits of the product: lanes are picked by the hash's lower ones.
       let product = UInt64(routed[place].descriptor.flowHash) * UInt64(truncatingIfNeeded: neighbours)
@@ -269,10 +250,11 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
         dropForFullRing(routed[place].descriptor)
         continue
       }
-      counters.countHandedOn(routed[place].descriptor)
-      routed[place].descriptor.buffer = memory.handOn(routed[place].descriptor.buffer, from: joints.number)
-      joints.toTransmitters[neighbour].stage(place, of: routed)
+      handedOn.count(routed[place].descriptor, counters)
+      joints.toTransmitters[neighbour].stage(
+        routed[place], memory.handOn(routed[place].descriptor.buffer, from: joints.number))
     }
+    handedOn.flush(counters)
     for neighbour in 0..<neighbours where joints.toTransmitters[neighbour].flush(&io) {
       counters.worker.add(.neighbourWakes)
     }
@@ -369,10 +351,9 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     var left = joints.fromRouters.capacity
     while left > 0 {
       routed.removeAll()
-      joints.fromRouters.take(left, into: &routed)
+      joints.fromRouters.take(left, by: joints.number, &memory, counters, into: &routed)
       guard routed.count > 0 else { return }
       left -= routed.count
-      takeOverRouted()
       send()
     }
   }

@@ -41,12 +41,7 @@ extension OffloadHeader {
   public init?(_ bytes: RawSpan) {
     guard bytes.byteCount >= Self.bytes else { return nil }
     self.init(
-      flags: unsafe bytes.networkUInt8(at: 0), gsoType: unsafe bytes.networkUInt8(at: 1),
-      headerLength: unsafe bytes.networkUInt16(at: 2).byteSwapped,
-      gsoSize: unsafe bytes.networkUInt16(at: 4).byteSwapped,
-      checksumStart: unsafe bytes.networkUInt16(at: 6).byteSwapped,
-      checksumOffset: unsafe bytes.networkUInt16(at: 8).byteSwapped,
-      bufferCount: unsafe bytes.networkUInt16(at: 10).byteSwapped)
+      first: unsafe bytes.networkUInt64(at: 0).byteSwapped, second: unsafe bytes.networkUInt32(at: 8).byteSwapped)
   }
 
   /// Writes the header at `offset`; traps where it does not fit.
@@ -55,25 +50,15 @@ extension OffloadHeader {
   @inlinable
   public func write(into bytes: inout MutableRawSpan, at offset: Int = 0) -> Int {
     bytes.preconditionFits(Self.bytes, at: offset)
-    unsafe bytes.storeNetwork(flags, at: offset)
-    unsafe bytes.storeNetwork(gsoType, at: offset &+ 1)
-    unsafe bytes.storeNetwork(headerLength.byteSwapped, at: offset &+ 2)
-    unsafe bytes.storeNetwork(gsoSize.byteSwapped, at: offset &+ 4)
-    unsafe bytes.storeNetwork(checksumStart.byteSwapped, at: offset &+ 6)
-    unsafe bytes.storeNetwork(checksumOffset.byteSwapped, at: offset &+ 8)
-    unsafe bytes.storeNetwork(bufferCount.byteSwapped, at: offset &+ 10)
+    unsafe bytes.storeNetwork(first.byteSwapped, at: offset)
+    unsafe bytes.storeNetwork(UInt32(truncatingIfNeeded: second).byteSwapped, at: offset &+ 8)
     return offset &+ Self.bytes
   }
 
   /// The header as two words whose bytes in memory are those of ``write(into:at:)``, the last 4 bytes zero: for a
   /// writer that has room for 16.
   @inlinable @inline(always)
-  public var words: (first: UInt64, second: UInt64) {
-    let first =
-      UInt64(flags) | UInt64(gsoType) &<< 8 | UInt64(headerLength) &<< 16 | UInt64(gsoSize) &<< 32
-      | UInt64(checksumStart) &<< 48
-    return (first.littleEndian, (UInt64(checksumOffset) | UInt64(bufferCount) &<< 16).littleEndian)
-  }
+  public var words: (first: UInt64, second: UInt64) { (first.littleEndian, second.littleEndian) }
 
   /// The checksum is not finished yet.
   @inlinable @inline(always)

@@ -90,15 +90,12 @@ public final class SPSCRing<Element: BitwiseCopyable>: @unchecked Sendable {
       return count
     }
 
-    /// Puts one of `batch` behind the others, where the consumer does not see it before `publish`. The caller has asked
-    /// for `room`; without any it traps. The item is copied as bytes, not field by field.
+    /// Puts an item behind the others, where the consumer does not see it before `publish`. The caller has asked for
+    /// `room`; without any it traps.
     @inlinable
-    public mutating func stage(_ index: Int, of batch: Span<Element>) {
+    public mutating func stage(_ item: Element) {
       precondition(tail &- headSeen <= ring.mask, "an item is staged that does not fit on the ring")
-      precondition(batch.indices.contains(index), "index out of range")
-      unsafe batch.withUnsafeBufferPointer { source in
-        unsafe (ring.items + (tail & ring.mask)).update(from: source.baseAddress! + index, count: 1)
-      }
+      unsafe ring.items[tail & ring.mask] = item
       tail &+= 1
     }
 
@@ -149,6 +146,26 @@ public final class SPSCRing<Element: BitwiseCopyable>: @unchecked Sendable {
     }
 
     public var capacity: Int { ring.capacity }
+
+    /// How many items are there now, at most `wanted`.
+    @inlinable
+    public mutating func ready(_ wanted: Int) -> Int {
+      if tailSeen &- head < wanted { tailSeen = ring.tail.load(ordering: .acquiring) }
+      return min(tailSeen &- head, wanted)
+    }
+
+    /// Reads the oldest item, which keeps its place until `free`; traps where `ready` has not seen one.
+    @inlinable
+    public mutating func read() -> Element {
+      precondition(tailSeen != head, "an item is read that is not on the ring")
+      let item = unsafe ring.items[head & ring.mask]
+      head &+= 1
+      return item
+    }
+
+    /// Gives the producer the places of all that was read.
+    @inlinable
+    public mutating func free() { ring.head.store(head, ordering: .releasing) }
 
     /// Whether nothing is there now.
     @inlinable

@@ -51,6 +51,10 @@ public struct Router: ~Copyable {
     for index in 0..<cache.count { cache[index] = CacheEntry() }
   }
 
+  /// The identifier of a domain, for links; 0 for one that is not there.
+  @inline(__always)
+  func vni(of domain: DomainIndex) -> UInt32 { view.vni(of: domain) ?? 0 }
+
   /// What to do with a frame.
   public struct Decision: BitwiseCopyable, Hashable, Sendable {
     public enum Action: BitwiseCopyable, Hashable, Sendable {

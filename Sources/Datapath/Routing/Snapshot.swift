@@ -100,6 +100,7 @@ public final class Snapshot: Sendable {
   private let peers: FixedArray<SnapshotView.PeerEntry>
   private let carriers: FixedArray<SnapshotView.PairEntry>
   private let memberships: FixedArray<SnapshotView.PairEntry>
+  private let contents: FixedArray<SnapshotView.Contents>
   private let routes: RouteTable
   private let tables: [MACTable]
 
@@ -229,10 +230,12 @@ public final class Snapshot: Sendable {
     }
     let routeTable = RouteTable(rules)
 
-    view = SnapshotView(
+    let contents = SnapshotView.Contents(
       version: version, interfaces: interfaceTable.reference, domains: domainTable.reference,
       members: memberTable.reference, peers: peerTable.reference, carriers: carrierTable.reference,
       memberships: membershipTable.reference, routes: routeTable.view)
+    self.contents = FixedArray(repeating: contents, count: 1)
+    view = SnapshotView(contents: self.contents.reference)
     self.interfaces = interfaceTable
     self.domains = domainTable
     self.members = memberTable
@@ -271,14 +274,29 @@ public final class Snapshot: Sendable {
 /// worker has adopted a later one.
 public struct SnapshotView: BitwiseCopyable, Sendable {
   /// The version of the snapshot.
-  public let version: UInt64
-  let interfaces: FixedArray<InterfaceEntry>.Reference
-  let domains: FixedArray<DomainEntry>.Reference
-  let members: FixedArray<InterfaceIndex>.Reference
-  let peers: FixedArray<PeerEntry>.Reference
-  let carriers: FixedArray<PairEntry>.Reference
-  let memberships: FixedArray<PairEntry>.Reference
-  let routes: RouteTable.View
+  public var version: UInt64 { @inline(__always) get { contents[0].version } }
+  var interfaces: FixedArray<InterfaceEntry>.Reference { @inline(__always) get { contents[0].interfaces } }
+  var domains: FixedArray<DomainEntry>.Reference { @inline(__always) get { contents[0].domains } }
+  var members: FixedArray<InterfaceIndex>.Reference { @inline(__always) get { contents[0].members } }
+  var peers: FixedArray<PeerEntry>.Reference { @inline(__always) get { contents[0].peers } }
+  var carriers: FixedArray<PairEntry>.Reference { @inline(__always) get { contents[0].carriers } }
+  var memberships: FixedArray<PairEntry>.Reference { @inline(__always) get { contents[0].memberships } }
+  var routes: RouteTable.View { @inline(__always) get { contents[0].routes } }
+
+  /// One. Behind a reference, so that using one table of it does not copy all.
+  let contents: FixedArray<Contents>.Reference
+
+  @usableFromInline
+  struct Contents: BitwiseCopyable {
+    let version: UInt64
+    let interfaces: FixedArray<InterfaceEntry>.Reference
+    let domains: FixedArray<DomainEntry>.Reference
+    let members: FixedArray<InterfaceIndex>.Reference
+    let peers: FixedArray<PeerEntry>.Reference
+    let carriers: FixedArray<PairEntry>.Reference
+    let memberships: FixedArray<PairEntry>.Reference
+    let routes: RouteTable.View
+  }
 
   public enum InterfaceKind: UInt8, BitwiseCopyable, Sendable { case absent, port, passthrough, link }
 
