@@ -49,16 +49,28 @@ extension MadeSuperFrame {
     put16(networkOffset + 10, 0xffff - Self.sum(Array(bytes[networkOffset..<transportOffset])))
   }
 
-  /// A changed frame with these headers, its checksums right again. UDP's length is part of the change.
-  func finished(_ frame: [UInt8]) -> [UInt8] {
+  /// A changed frame with these headers, its checksums right again. Its lengths are part of the change.
+  /// - Parameter ipProtocol: of the pseudo-header, where that is part of the change.
+  func finished(_ frame: [UInt8], ipProtocol: UInt8? = nil) -> [UInt8] {
     var made = self
     made.bytes = frame
     made.finishNetworkHeader()
     made.put16(checksumPlace, 0)
-    let pseudoHeader = made.pseudoHeader(transportBytes: frame.count - transportOffset)
+    var pseudoHeader = made.pseudoHeader(transportBytes: frame.count - transportOffset)
+    if let ipProtocol { pseudoHeader[pseudoHeader.count - 3] = ipProtocol }
     let checksum = 0xffff - Self.sum(pseudoHeader + made.bytes[transportOffset...])
     made.put16(checksumPlace, checksum == 0 ? 0xffff : checksum)
     return made.bytes
+  }
+
+  /// A frame with other payload, its lengths and checksums right.
+  func finished(_ frame: [UInt8], payload: [UInt8]) -> [UInt8] {
+    var made = self
+    made.bytes = frame[..<headerBytes] + payload
+    let networkBytes = made.bytes.count - networkOffset
+    made.put16(networkOffset + (isIPv4 ? 2 : 4), isIPv4 ? networkBytes : networkBytes - 40)
+    if !isTCP { made.put16(transportOffset + 4, made.bytes.count - transportOffset) }
+    return finished(made.bytes)
   }
 
   /// How the coalescer has to say it: nothing to cut in a single frame, and the ECN bit with CWR.
@@ -184,7 +196,9 @@ struct FramesCoalescing {
         }
       }
       // Only where the first still has the headers that the reference is told of.
-      guard var coalescer = frames[0].read({ Coalescer($0) }), coalescer.headerBytes == made.headerBytes else { continue }
+      guard var coalescer = frames[0].read({ Coalescer($0) }), coalescer.headerBytes == made.headerBytes else {
+        continue
+      }
       #expect(made.isWhole([frames[0]]))
       var run = [frames[0]]
       for frame in frames.dropFirst() {
@@ -387,16 +401,9 @@ struct FramesCoalescing {
         #expect(change(frames[0]).read { Coalescer($0) } == nil, "\(name)")
         #expect(!canJoin(frames[0], change(frames[1])), "\(name)")
       }
-      // A frame as it is without payload, checksums and lengths right.
-      var empty = made
-      empty.bytes.removeLast(79)
-      var frame = empty.segments[0].dropLast(1)
-      let networkLength = made.isIPv4 ? made.networkOffset + 3 : made.networkOffset + 5
-      frame[networkLength] -= 1
-      if !made.isTCP { frame[made.transportOffset + 5] -= 1 }
-      let finished = made.finished(Array(frame))
-      #expect(finished.read { Coalescer($0) } == nil)
-      #expect(finished.count == made.headerBytes && finished.parsed?.transportOffset == made.transportOffset)
+      let empty = frames.map { made.finished($0, payload: []) }
+      #expect(empty[1].parsed?.transportOffset == made.transportOffset && empty[1].parsed?.networkLengthValid == true)
+      #expect(empty[0].read { Coalescer($0) } == nil && !canJoin(frames[0], empty[1]))
     }
   }
 
@@ -441,20 +448,10 @@ struct FramesCoalescing {
       #expect(three.frameCount == 3 && !three.isComplete && three.payloadBytes == 72)
       let (all, count) = try #require(joined(frames))
       #expect(count == 4 && all.isComplete && all.segmentPayloadBytes == 24, "the last is shorter")
-      // The last frame's size first: the second is longer.
-      var long = made
-      long.bytes.removeSubrange(made.headerBytes..<made.headerBytes + 72)
-      long.finishHeaders()
-      let short = MadeSuperFrame(
-        isIPv4: made.isIPv4, isTCP: made.isTCP, tags: 1, options: 8, transportOptions: 12,
-        payload: [UInt8](repeating: 1, count: 32), segmentBytes: 8, flags: [.ack]
-      ).segments
-      #expect(canJoin(short[0], short[1]))
-      var second = short[1] + [9]
-      second[made.networkOffset + (made.isIPv4 ? 3 : 5)] += 1
-      if !made.isTCP { second[made.transportOffset + 5] += 1 }
-      second = made.finished(second)
-      #expect(second.read { Coalescer($0) } != nil && !canJoin(short[0], second))
+      let payload = Array(frames[1][made.headerBytes...])
+      #expect(canJoin(frames[0], made.finished(frames[1], payload: payload)))
+      #expect(canJoin(frames[0], made.finished(frames[1], payload: payload.dropLast())))
+      #expect(!canJoin(frames[0], made.finished(frames[1], payload: payload + [0])))
       guard made.isTCP else { continue }
       for flag: UInt8 in [0x08, 0x01] {
         var ended = frames
@@ -532,6 +529,30 @@ struct FramesCoalescing {
       let whole = headers(run, segments[0]) + segments[..<count].flatMap { $0[run.headerBytes...] }
       #expect(whole.count - 14 <= 65_535)
       #expect(whole.read { SuperFrame($0, run.offload) }?.segmentCount == count)
+    }
+  }
+
+  @Test("an IPv6 packet alone that is longer than that begins nothing")
+  func longFirst() {
+    for isTCP in [true, false] {
+      let room = 65_535 - 40 - (isTCP ? 20 : 8)
+      for (payload, fits) in [(room, true), (room + 1, false)] {
+        let made = MadeSuperFrame(
+          isIPv4: false, isTCP: isTCP, payload: [UInt8](repeating: 3, count: payload), segmentBytes: payload,
+          flags: .ack)
+        #expect(made.segments[0].read { Coalescer($0) }?.isComplete == (fits ? true : nil))
+      }
+    }
+  }
+
+  @Test("a transport that only looks like UDP or TCP keeps a frame out", arguments: [UInt8(136), 33, 1])
+  func otherTransport(ipProtocol: UInt8) {
+    for made in Self.kinds() {
+      var frame = made.segments[0]
+      let place = made.networkOffset + (made.isIPv4 ? 9 : 40)
+      #expect(frame[place] == (made.isTCP ? IPProtocol.tcp : IPProtocol.udp))
+      frame[place] = ipProtocol
+      #expect(made.finished(frame, ipProtocol: ipProtocol).read { Coalescer($0) } == nil)
     }
   }
 

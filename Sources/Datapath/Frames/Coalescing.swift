@@ -56,7 +56,7 @@ public struct Coalescer: BitwiseCopyable, Hashable, Sendable {
     let isTCP = parsed.ipProtocol == IPProtocol.tcp
     let network = parsed.networkOffset
     let transport = parsed.transportOffset
-    guard isTCP || parsed.ipProtocol == IPProtocol.udp, transport != 0, !parsed.isFragment,
+    guard isTCP || parsed.ipProtocol == IPProtocol.udp, transport != 0,
       network &+ parsed.networkBytes == first.byteCount, parsed.networkBytes <= Self.networkBytesMax
     else { return nil }
 
@@ -83,7 +83,7 @@ public struct Coalescer: BitwiseCopyable, Hashable, Sendable {
     self.hasCWR = flags.contains(.cwr)
     self.endFlags = flags.intersection([.psh, .fin])
     if isIPv4 {
-      // Anything but DF: the reserved flag; fragments are gone already.
+      // DF may stand there; a fragment's offset, MF and the reserved flag may not.
       guard unsafe first.networkUInt16(at: network &+ 6) & 0xbfff == 0 else { return nil }
       let header = InternetChecksum.sum(unsafe first.extracting(unchecked: network..<transport))
       let changing =
