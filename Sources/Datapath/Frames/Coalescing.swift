@@ -221,9 +221,12 @@ public struct Coalescer: BitwiseCopyable, Hashable, Sendable {
   private static func difference(_ first: RawSpan, _ next: RawSpan, from start: Int, to end: Int) -> UInt64 {
     var difference = UInt64.zero
     var offset = start
-    while offset < end {
+    while offset &+ 8 <= end {
+      difference |= unsafe first.networkUInt64(at: offset) ^ next.networkUInt64(at: offset)
+      offset &+= 8
+    }
+    if offset < end {
       difference |= UInt64(unsafe first.networkUInt32(at: offset) ^ next.networkUInt32(at: offset))
-      offset &+= 4
     }
     return difference
   }
