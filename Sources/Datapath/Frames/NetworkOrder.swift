@@ -69,6 +69,22 @@ extension MutableRawSpan {
     unsafe storeNetwork(UInt64(truncatingIfNeeded: value), at: offset &+ 8)
   }
 
+  /// Copies the first `count` bytes of `source` to `offset`; the caller checked both ends. Headers are short: words
+  /// one by one are cheaper than a call.
+  @inlinable @inline(always)
+  mutating func copy(_ count: Int, of source: RawSpan, to offset: Int) {
+    let wordsEnd = count & ~7
+    var place = 0
+    while place < wordsEnd {
+      unsafe storeNetwork(unsafe source.networkUInt64(at: place), at: offset &+ place)
+      place &+= 8
+    }
+    while place < count {
+      unsafe storeNetwork(unsafe source.networkUInt8(at: place), at: offset &+ place)
+      place &+= 1
+    }
+  }
+
   /// The border of every writer: traps where the header does not fit, for that is a mistake of the caller's,
   /// who chose the buffer; nothing from a guest or the wire decides it.
   @inlinable @inline(always)

@@ -125,7 +125,7 @@ public struct SuperFrame: BitwiseCopyable, Hashable, Sendable {
     headers.preconditionFits(headerBytes, at: offset)
     let start = payloadOffset(ofSegment: number)
     let payloadBytes = payloadBytes(ofSegment: number)
-    copyHeaders(frame, into: &headers, at: offset)
+    headers.copy(headerBytes, of: frame, to: offset)
     let transportBytes = headerBytes &- transportOffset
     let network = offset &+ networkOffset
     let packetBytes = headerBytes &- networkOffset &+ payloadBytes
@@ -170,20 +170,5 @@ public struct SuperFrame: BitwiseCopyable, Hashable, Sendable {
     sum = InternetChecksum.sum(unsafe frame.extracting(unchecked: start..<start &+ payloadBytes), initial: sum)
     unsafe headers.storeNetwork(InternetChecksum.finishTransport(sum), at: transport &+ checksum)
     return offset &+ headerBytes
-  }
-
-  /// The whole's headers as they are; both ends were checked.
-  @inlinable @inline(always)
-  func copyHeaders(_ frame: RawSpan, into headers: inout MutableRawSpan, at offset: Int) {
-    let wordsEnd = headerBytes & ~7
-    var place = 0
-    while place < wordsEnd {
-      unsafe headers.storeNetwork(unsafe frame.networkUInt64(at: place), at: offset &+ place)
-      place &+= 8
-    }
-    while place < headerBytes {
-      unsafe headers.storeNetwork(unsafe frame.networkUInt8(at: place), at: offset &+ place)
-      place &+= 1
-    }
   }
 }
