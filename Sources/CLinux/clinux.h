@@ -56,6 +56,43 @@ static inline void clinux_send_set_service(struct clinux_send *send, int level, 
   send->message.msg_controllen = CMSG_SPACE(sizeof(int));
 }
 
+// A message of many parts, as the kernel reads it: a train of datagrams (UDP_SEGMENT), or a super-frame for a port.
+#define CLINUX_GATHER_VECTORS_MAX 260  // of 128 datagrams, each header and payload, and some to spare
+#define CLINUX_GATHER_CONTROL_BYTES 64
+#define CLINUX_UDP_SEGMENT 103  // linux/udp.h since 4.18
+#define CLINUX_UDP_GRO 104      // linux/udp.h since 5.0
+
+struct clinux_gather {
+  struct msghdr message;
+  _Alignas(8) unsigned char control[CLINUX_GATHER_CONTROL_BYTES];
+  struct iovec vectors[CLINUX_GATHER_VECTORS_MAX];
+};
+
+static inline struct msghdr *clinux_send_message(struct clinux_send *send) { return &send->message; }
+static inline struct msghdr *clinux_gather_message(struct clinux_gather *gather) { return &gather->message; }
+static inline struct iovec *clinux_gather_vectors(struct clinux_gather *gather) { return gather->vectors; }
+
+// The control messages of a train: the size of each datagram but the last, and the ToS or traffic class if `has_service`.
+static inline void clinux_gather_set_train(struct clinux_gather *gather, unsigned short segment, int has_service,
+                                           int level, int type, int service) {
+  struct cmsghdr *message = (struct cmsghdr *)gather->control;
+  message->cmsg_level = IPPROTO_UDP;
+  message->cmsg_type = CLINUX_UDP_SEGMENT;
+  message->cmsg_len = CMSG_LEN(sizeof segment);
+  memcpy(CMSG_DATA(message), &segment, sizeof segment);
+  size_t used = CMSG_SPACE(sizeof segment);
+  if (has_service) {
+    message = (struct cmsghdr *)(gather->control + used);
+    message->cmsg_level = level;
+    message->cmsg_type = type;
+    message->cmsg_len = CMSG_LEN(sizeof service);
+    memcpy(CMSG_DATA(message), &service, sizeof service);
+    used += CMSG_SPACE(sizeof service);
+  }
+  gather->message.msg_control = gather->control;
+  gather->message.msg_controllen = used;
+}
+
 // ---- io_uring: what liburing 2.3 lacks, and what Swift cannot call because it is a macro ----
 
 #define CLINUX_OP_READ_MULTISHOT 49  // linux/io_uring.h since 6.7
@@ -196,6 +233,8 @@ static inline int clinux_tap_attach(int fd, const char *name, int is_multi_queue
   request.ifr_flags = (short)(CLINUX_TAP_FLAGS | (is_multi_queue ? IFF_MULTI_QUEUE : 0));
   return ioctl(fd, TUNSETIFF, &request);
 }
+#define CLINUX_TUN_F_USO4 0x20  // linux/if_tun.h since 6.2
+#define CLINUX_TUN_F_USO6 0x40
 static inline int clinux_tap_set_header_bytes(int fd, int bytes) { return ioctl(fd, TUNSETVNETHDRSZ, &bytes); }
 static inline int clinux_tap_set_offloads(int fd, unsigned long offloads) { return ioctl(fd, TUNSETOFFLOAD, offloads); }
 

@@ -60,13 +60,13 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
   /// One send of a chain that is out. The operation stays where it is until its `sent` event: that is the contract.
   @safe
   private struct OutSend {
-    var operation: UnsafeMutablePointer<clinux_send>
+    var header: UnsafeMutablePointer<msghdr>
     /// What the operation said when it was submitted.
     var message: Message
 
     /// Whether the kernel would still read the same bytes.
     var isUnchanged: Bool {
-      let header = unsafe operation.pointee.message
+      let header = unsafe header.pointee
       return unsafe message.bytes.withUnsafeBytes { bytes in
         var start = 0
         for index in unsafe 0..<header.msg_iovlen {
@@ -83,6 +83,8 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
   private struct Message {
     var bytes: [UInt8]
     var typeOfService: UInt8
+    /// Of each datagram of a train but the last; 0 for a single one.
+    var segmentBytes = 0
     var isMalformed: Bool
   }
 
@@ -217,11 +219,11 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     lanes[lane].chain.removeAll(keepingCapacity: true)
     var operation = first
     for position in 0..<count {
-      let send = unsafe pool.operation(operation)
-      let message = unsafe Self.read(send, lanes[lane].kind)
+      let header = unsafe pool.message(operation)
+      let message = unsafe Self.read(header, lanes[lane].kind)
       if message.isMalformed { network.record(.malformedSend(lane: lane, position: position)) }
-      lanes[lane].chain.append(unsafe OutSend(operation: send, message: message))
-      operation = pool.next(operation)
+      lanes[lane].chain.append(unsafe OutSend(header: header, message: message))
+      operation = pool.nextMessage(operation)
     }
     if count > 1, network.strikes(.reorderedChain, rate: 0.25) { lanes[lane].chain.reverse() }
     lanes[lane].isOut = true
@@ -246,15 +248,15 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
 
   /// What the kernel would read of an operation now.
   @unsafe
-  private static func read(_ send: UnsafeMutablePointer<clinux_send>, _ kind: LaneKind) -> Message {
-    let header = unsafe send.pointee.message
+  private static func read(_ header: UnsafeMutablePointer<msghdr>, _ kind: LaneKind) -> Message {
+    let header = unsafe header.pointee
     var message = Message(bytes: [], typeOfService: 0, isMalformed: false)
     let vectors = unsafe UnsafeBufferPointer(start: header.msg_iov, count: header.msg_iovlen)
     for index in vectors.indices {
       let vector = unsafe vectors[index]
       unsafe message.bytes.append(contentsOf: UnsafeRawBufferPointer(start: vector.iov_base, count: vector.iov_len))
     }
-    let vectorsMax = Int(CLINUX_SEND_VECTORS_MAX)
+    let vectorsMax = Int(CLINUX_GATHER_VECTORS_MAX)
     message.isMalformed = vectors.isEmpty || vectors.count > vectorsMax || message.bytes.isEmpty
     if kind.isDevice {
       // No control message is made for them; what they need is the virtio header.
@@ -262,17 +264,27 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
       return message
     }
     guard let control = unsafe header.msg_control, unsafe header.msg_controllen > 0 else { return message }
-    // struct cmsghdr: length (8 bytes), level, type, and here one int.
-    guard unsafe header.msg_controllen >= 20, unsafe control.loadUnaligned(as: Int.self) == 20 else {
-      message.isMalformed = true
-      return message
-    }
-    let level = unsafe control.loadUnaligned(fromByteOffset: 8, as: Int32.self)
-    let type = unsafe control.loadUnaligned(fromByteOffset: 12, as: Int32.self)
-    let value = unsafe control.loadUnaligned(fromByteOffset: 16, as: Int32.self)
+    // struct cmsghdr: length (8 bytes), level, type, then an int (ToS) or a short (UDP_SEGMENT), padded to 8 bytes.
     let expected = kind == .datagramIPv4 ? (Int32(IPPROTO_IP), IP_TOS) : (Int32(IPPROTO_IPV6), IPV6_TCLASS)
-    message.isMalformed = message.isMalformed || (level, type) != expected || value < 0 || value > 255
-    message.typeOfService = UInt8(truncatingIfNeeded: value)
+    let count = unsafe header.msg_controllen
+    var offset = 0
+    while offset + 18 <= count {
+      let length = unsafe control.loadUnaligned(fromByteOffset: offset, as: Int.self)
+      let level = unsafe control.loadUnaligned(fromByteOffset: offset + 8, as: Int32.self)
+      let type = unsafe control.loadUnaligned(fromByteOffset: offset + 12, as: Int32.self)
+      if (level, type) == (Int32(IPPROTO_UDP), CLINUX_UDP_SEGMENT), length == 18 {
+        message.segmentBytes = unsafe Int(control.loadUnaligned(fromByteOffset: offset + 16, as: UInt16.self))
+        message.isMalformed = message.isMalformed || message.segmentBytes == 0
+      } else if (level, type) == expected, length == 20, offset + 20 <= count {
+        let value = unsafe control.loadUnaligned(fromByteOffset: offset + 16, as: Int32.self)
+        message.isMalformed = message.isMalformed || value < 0 || value > 255
+        message.typeOfService = UInt8(truncatingIfNeeded: value)
+      } else {
+        message.isMalformed = true
+      }
+      offset += (length + 7) & ~7
+    }
+    message.isMalformed = message.isMalformed || offset != count
     return message
   }
 
@@ -431,12 +443,17 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
   /// Receives one item into a slot. What lies before it in the slot is overwritten as the kernel's headers do.
   private mutating func fill(_ slot: Int, _ source: Int, _ memory: borrowing FrameMemory) {
     let kind = sources[source].kind
-    let item = network.receive(sources[source].descriptor)
+    let isCut = network.chance(network.faults.truncatedReceive)
+    let descriptor = sources[source].descriptor
+    // Datagrams that are alike come as one train as often as not.
+    let (item, segmentBytes) =
+      kind.isDatagram && !isCut && network.chance(network.limits.trains)
+      ? network.receiveTrain(descriptor) : (network.receive(descriptor), 0)
     // A TAP's bytes need no room in front, those of a message do. Where exactly they lie is not promised.
     let least = kind == .tap ? 0 : Self.datagramOffsetMin
     let offset = network.number(in: least...FrameMemory.headroomBytes)
     var length = min(item.bytes.count, FrameMemory.slotBytes - offset)
-    if length > 0, network.chance(network.faults.truncatedReceive) { length = network.below(length) }
+    if length > 0, isCut { length = network.below(length) }
     if length < item.bytes.count { network.countTruncated(item, kind) }
 
     let start = unsafe memory.address(ofSlot: slot)
@@ -451,6 +468,7 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     event.isTruncated = length < item.bytes.count
     event.sender = item.sender
     event.typeOfService = item.typeOfService
+    event.trainSegmentBytes = UInt16(segmentBytes)
     network.countUnreported(1)
     complete(source, event)
   }
@@ -507,7 +525,8 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     if network.strikes(.uncountedDrop, rate: 0.05) { return 0 }
     return kind.isDevice
       ? network.write(descriptor, message.bytes)
-      : network.send(descriptor, message.bytes, typeOfService: message.typeOfService)
+      : network.send(
+        descriptor, message.bytes, typeOfService: message.typeOfService, segmentBytes: message.segmentBytes)
   }
 
   private func checkUnchanged(_ lane: Int, _ position: Int) {

@@ -30,6 +30,8 @@ public final class SimulatedNetwork {
     public var deviceQueueFramesMax = 500
     /// The underlay's MTU: longer datagrams give EMSGSIZE (Don't Fragment is set).
     public var mtuBytes = 65_535
+    /// For each datagram received: those behind it that are alike come with it, as one train.
+    public var trains = 0.0
     /// What one `collect` costs.
     public var collectNanoseconds = 300...2_000
 
@@ -359,7 +361,7 @@ public final class SimulatedNetwork {
   }
 
   /// One send of a worker: 0, or an error number.
-  func send(_ descriptor: Int32, _ bytes: [UInt8], typeOfService: UInt8) -> Int32 {
+  func send(_ descriptor: Int32, _ bytes: [UInt8], typeOfService: UInt8, segmentBytes: Int = 0) -> Int32 {
     guard case .socket(let number)? = kind(descriptor) else { return EBADF }
     guard let peer = sockets[number].peer else { return EDESTADDRREQ }
     if sockets[number].pendingError != 0 {
@@ -367,11 +369,23 @@ public final class SimulatedNetwork {
       return sockets[number].pendingError
     }
     // IP header (20 or 40 bytes) and UDP header (8).
-    let packetBytes = bytes.count + (peer.address.isIPv4 ? 28 : 48)
-    if packetBytes > limits.mtuBytes { return EMSGSIZE }
+    let headerBytes = peer.address.isIPv4 ? 28 : 48
+    let pieceBytes = segmentBytes == 0 ? bytes.count : segmentBytes
+    let pieces = max(1, (bytes.count + pieceBytes - 1) / max(1, pieceBytes))
+    if min(pieceBytes, bytes.count) + headerBytes > limits.mtuBytes { return EMSGSIZE }
+    if pieces > SendPool.trainFramesMax || segmentBytes > 0 && bytes.count > SendPool.trainBytesMax { return EINVAL }
     let buffered = sockets[number].bufferedBytes
+    let packetBytes = bytes.count + pieces * headerBytes
     if buffered > 0 && buffered + packetBytes > limits.sendBufferBytes { return EAGAIN }
+    for piece in 0..<pieces {
+      let end = min(bytes.count, (piece + 1) * pieceBytes)
+      leave(number, peer, Array(bytes[piece * pieceBytes..<end]), headerBytes, typeOfService)
+    }
+    return 0
+  }
 
+  private func leave(_ number: Int, _ peer: Peer, _ bytes: [UInt8], _ headerBytes: Int, _ typeOfService: UInt8) {
+    let packetBytes = bytes.count + headerBytes
     counts.datagramsSent += 1
     sockets[number].bufferedBytes += packetBytes
     let start = max(clock.nanoseconds, sockets[number].drainedAt)
@@ -389,7 +403,6 @@ public final class SimulatedNetwork {
     launch(
       Datagram(sender: sockets[number].address, typeOfService: service, bytes: bytes), flow, at: departure,
       from: number)
-    return 0
   }
 
   private func launch(_ datagram: Datagram, _ flow: Flow, at departure: UInt64, from socket: Int?) {
@@ -550,6 +563,24 @@ public final class SimulatedNetwork {
       return sockets[socket].received.popFirst()
     default: preconditionFailure("nothing to receive")
     }
+  }
+
+  /// The first datagram and those behind it that make a train with it: from the same sender, with the same ToS, of
+  /// the same length, the last perhaps shorter. Also the length of each but the last; 0 where it stays alone.
+  func receiveTrain(_ descriptor: Int32) -> (Datagram, segmentBytes: Int) {
+    var train = receive(descriptor)
+    guard case .socket(let socket)? = kind(descriptor), !train.bytes.isEmpty else { return (train, 0) }
+    let segmentBytes = train.bytes.count
+    var count = 1
+    while count < SendPool.trainFramesMax, let next = sockets[socket].received.first,
+      next.sender == train.sender, next.typeOfService == train.typeOfService, !next.bytes.isEmpty,
+      next.bytes.count <= segmentBytes, train.bytes.count + next.bytes.count <= SendPool.trainBytesMax
+    {
+      train.bytes += receive(descriptor).bytes
+      count += 1
+      if next.bytes.count < segmentBytes { break }
+    }
+    return (train, count > 1 ? segmentBytes : 0)
   }
 
   func readWaker(_ descriptor: Int32) {

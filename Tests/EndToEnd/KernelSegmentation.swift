@@ -104,7 +104,8 @@ extension EndToEnd {
         let devices = try namespace.inside {
           try ["in", "out"].enumerated().map { number, name in
             try TapDevice.open(
-              name: name, queues: 1, mtuBytes: 1_500, mac: MACAddress(bits: 0x02_00_00_00_01_00 + UInt64(number)))
+              name: name, queues: 1, mtuBytes: 1_500, mac: MACAddress(bits: 0x02_00_00_00_01_00 + UInt64(number)),
+              offloads: false)
           }
         }
         defer { for device in devices { device.close() } }

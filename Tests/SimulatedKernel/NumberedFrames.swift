@@ -163,7 +163,14 @@ struct NumberedSuperFrame: Equatable {
     let most = Self.segmentBytes(flow: flow)
     segments = (payload + most - 1) / most
     lastBytes = payload - (segments - 1) * most
-    guard lastBytes >= Self.lastBytesMin, self.virtioHeader == virtioHeader, self.bytes == bytes else { return nil }
+    var expected = self.bytes
+    let service = bytes[15]
+    guard service == typeOfService || typeOfService & 3 != 0 && service == typeOfService | 3 else { return nil }
+    // A mark that every segment got on its way, and the checksum that goes with it.
+    for place in [15, 24, 25] { expected[place] = bytes[place] }
+    guard lastBytes >= Self.lastBytesMin, self.virtioHeader == virtioHeader, expected == bytes,
+      Self.fold(Self.sum(bytes[14..<34])) == 0xFFFF
+    else { return nil }
   }
 
   /// Reads one segment back; nil when it is not as it must be cut. A congestion mark is no change where the flow can

@@ -22,7 +22,7 @@ struct ForwarderRun {
   /// Deliveries that show that a way was taken.
   enum Sight: CaseIterable {
     case superFrame, superFrameOfPipeline, segment, segmentOfPipeline, relayed, relayedBroadcast, byWire, byRules
-    case copyByRules, copyByRulesOfPipeline, byVNETP
+    case copyByRules, copyByRulesOfPipeline, byVNETP, joined, joinedByPipeline
   }
   var sights: Set<Sight> = []
 
@@ -35,7 +35,9 @@ struct ForwarderRun {
   init(
     seed: UInt64, faults: Faults? = nil, plan: SimulatedHost.Plan? = nil, planted: PlantedFault? = nil, frames: Int = 60
   ) throws {
-    let network = SimulatedNetwork(seed: seed)
+    var limits = SimulatedNetwork.Limits()
+    limits.trains = 0.5
+    let network = SimulatedNetwork(seed: seed, limits: limits)
     network.faults = faults ?? Faults.mixture(&network.random)
     network.planted = planted
     let plan = plan ?? SimulatedHost.Plan.mixture(&network.random)
@@ -75,7 +77,10 @@ struct ForwarderRun {
         let isWhole = written.virtioHeader.contains { $0 != 0 }
         add(isWhole ? .superFrame : .segment, true)
         add(isWhole ? .superFrameOfPipeline : .segmentOfPipeline, isPipeline)
-        if isWhole && source.host != guest.host { problems.append("a super-frame came over a link") }
+        // Links carry segments; those that came in one train are joined again.
+        let isJoined = isWhole && source.host != guest.host
+        add(.joined, isJoined)
+        add(.joinedByPipeline, isJoined && isPipeline)
         if !isWhole && source.host == guest.host { problems.append("a super-frame was cut for a port") }
       }
       add(.relayed, abs(source.host - guest.host) == 2 && plan.isChain)

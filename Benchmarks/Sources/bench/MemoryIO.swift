@@ -109,7 +109,7 @@ struct MemoryIO: ~Copyable, WorkerIO {
   private mutating func check(_ first: Int, _ count: Int, _ pool: borrowing SendPool) {
     var operation = first
     for _ in 0..<count {
-      let message = unsafe pool.operation(operation).pointee.message
+      let message = unsafe pool.message(operation).pointee
       let header = unsafe message.msg_iov[0].iov_len
       let payload = unsafe message.msg_iovlen == 2 ? message.msg_iov[1] : iovec(iov_base: nil, iov_len: 0)
       let bytes = unsafe [UInt8](UnsafeRawBufferPointer(start: payload.iov_base, count: payload.iov_len))
@@ -117,7 +117,7 @@ struct MemoryIO: ~Copyable, WorkerIO {
         signal.wrongSends.add(1, ordering: .relaxed)
       }
       sendsToCheck -= 1
-      operation = pool.next(operation)
+      operation = pool.nextMessage(operation)
     }
   }
 

@@ -285,7 +285,7 @@ public final class Service {
       settings.worker.lanes = max(1, plan.laneCount)
       settings.worker.interfaces = plan.interfaceCount
       settings.worker.domains = plan.domains.count
-      settings.worker.operations = tuning.slots * 2
+      settings.worker.operations = tuning.slots * 8
       let worker = try WorkerThread(settings, controlWaker: waker, snapshot: snapshot)
       workers.append(worker)
       interfaceCounters.append((0..<plan.interfaceCount).map { _ in CounterBlock() })

@@ -74,6 +74,8 @@ struct Crossing: BitwiseCopyable {
 /// What crosses from worker to worker.
 protocol Crosses: BitwiseCopyable, Sendable {
   var descriptor: Descriptor { get set }
+  /// How many frames of one slot cross together, this the first of them; 0 for those that follow it.
+  var crossesWith: UInt16 { get }
   /// Whether it crosses as a ``Crossing``, its buffer under the name that it has for the neighbour.
   func fits(_ buffer: BufferReference) -> Bool
   /// One that fits.
@@ -88,6 +90,7 @@ extension Descriptor: Crosses {
     get { self }
     set { self = newValue }
   }
+  var crossesWith: UInt16 { @inline(__always) get { 1 } }
 
   @inline(__always)
   func fits(_ buffer: BufferReference) -> Bool { Crossing.takes(self, buffer) }
@@ -105,7 +108,7 @@ extension Descriptor: Crosses {
 extension RoutedFrame: Crosses {
   @inline(__always)
   func fits(_ buffer: BufferReference) -> Bool {
-    if case .unicast = target { Crossing.takes(descriptor, buffer) } else { false }
+    if case .unicast = target { crossesWith == 1 && Crossing.takes(descriptor, buffer) } else { false }
   }
 
   /// Of no use any more, and left behind: who sent the datagram.

@@ -90,6 +90,13 @@ public struct CounterTable: ~Copyable {
     domain.add(.outBytes, Int(descriptor.length))
   }
 
+  /// The kernel took a train.
+  @inline(__always)
+  func countTrain(_ frames: Int) {
+    worker.add(.trains)
+    worker.add(.trainFrames, frames)
+  }
+
   /// A frame ends here, under one name: charged to the interface (its ingress, or the egress that it did not get out
   /// of) and to its domain.
   @inline(__always)
@@ -111,6 +118,33 @@ public struct RoutedFrame: BitwiseCopyable, Sendable {
   public var target: Target
   /// The domain's identifier, for links.
   public var vni: UInt32
+  /// Where it crosses to another worker: how many frames of its slot do together. 0: it is of those that follow the one
+  /// that has the number.
+  var crossesWith: UInt16 = 1
+
+  public init(descriptor: Descriptor, target: Target, vni: UInt32) {
+    self.descriptor = descriptor
+    self.target = target
+    self.vni = vni
+  }
+
+  /// Whether `next`, a single frame that came in the same train `stride` bytes further on, goes the same way.
+  @inline(__always)
+  func goesOn(with next: RoutedFrame, stride: UInt16) -> Bool {
+    guard case .unicast(let egress) = target, case .unicast(let other) = next.target else { return false }
+    let run = descriptor
+    let frame = next.descriptor
+    return egress == other && run.flowHash == frame.flowHash && run.typeOfService == frame.typeOfService
+      && run.domain == frame.domain && run.ingress == frame.ingress
+      && run.offset + UInt32(run.wireFrames) * UInt32(stride) == frame.offset
+  }
+
+  @inline(__always)
+  mutating func append(_ next: RoutedFrame, stride: UInt16) {
+    descriptor.trainSegmentBytes = stride
+    descriptor.wireFrames += 1
+    descriptor.length += next.descriptor.length
+  }
 }
 
 public typealias RoutedBatch = Batch<RoutedFrame>

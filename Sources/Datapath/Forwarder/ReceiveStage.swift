@@ -55,10 +55,12 @@ struct ReceiveStage: ~Copyable {
     } else {
       var descriptor = VXLANLink.describe(event)
       descriptor.encapsulation = source.kind == .vnetp ? .vnetp : .vxlan
-      counters.underlay.add(.inFrames)
+      counters.underlay.add(.inFrames, Int(descriptor.wireFrames))
       counters.underlay.add(.inBytes, Int(descriptor.length))
-      guard descriptor.isTruncated else { return batch.append(descriptor) }
-      counters.underlay.add(.dropOversizedDatagram)
+      if !descriptor.isTruncated && descriptor.wireFrames <= UInt16(RouteStage.trainFramesMax) {
+        return batch.append(descriptor)
+      }
+      counters.underlay.add(.dropOversizedDatagram, Int(descriptor.wireFrames))
       memory.release(descriptor.buffer)
     }
   }

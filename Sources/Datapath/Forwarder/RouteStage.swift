@@ -8,7 +8,12 @@
 /// 4. `Router.decide`: the source is learned, the destination looked up, or VNET rules decide. A frame from a
 ///    passthrough port goes to the other end of its wire.
 /// 5. The frame goes on with its target; or it ends here, counted.
+///
+/// A received train is several datagrams in one slot: each goes this way by itself, and those that follow each other and
+/// go the same way leave as one run.
 struct RouteStage: ~Copyable {
+  /// Datagrams of one train at most: no kernel makes longer ones (UDP_MAX_SEGMENTS, linux/udp.h).
+  static let trainFramesMax = 128
   private var router: Router
 
   /// - Parameter domainCount: how many domains there may be, now and in later snapshots; nil: those of this one.
@@ -16,9 +21,44 @@ struct RouteStage: ~Copyable {
 
   mutating func adopt(_ view: SnapshotView) { router.adopt(view) }
 
-  /// Routes one frame; appends it to `batch`, which has room, or drops it.
+  /// Routes a frame or a train; appends it to `batch`, which has room for `trainFramesMax`, or drops it.
   @inline(__always)
   mutating func route(
+    _ descriptor: Descriptor, now: TurnClock, _ memory: inout FrameMemory, _ counters: borrowing CounterTable,
+    into batch: inout RoutedBatch
+  ) {
+    if descriptor.trainSegmentBytes == 0 { return routeOne(descriptor, now: now, &memory, counters, into: &batch) }
+    routeTrain(descriptor, now: now, &memory, counters, into: &batch)
+  }
+
+  private mutating func routeTrain(
+    _ train: Descriptor, now: TurnClock, _ memory: inout FrameMemory, _ counters: borrowing CounterTable,
+    into batch: inout RoutedBatch
+  ) {
+    let stride = UInt32(train.trainSegmentBytes)
+    let start = batch.count
+    // Each datagram holds the slot, once; the train itself until all of them went.
+    for number in 0..<UInt32(train.wireFrames) {
+      var datagram = train
+      datagram.offset += number * stride
+      datagram.length = min(stride, train.length - number * stride)
+      datagram.wireFrames = 1
+      datagram.trainSegmentBytes = 0
+      memory.hold(datagram.buffer, adding: 1)
+      let before = batch.count
+      routeOne(datagram, now: now, &memory, counters, into: &batch)
+      guard batch.count > before, before > start,
+        batch[before - 1].goesOn(with: batch[before], stride: train.trainSegmentBytes)
+      else { continue }
+      batch[before - 1].append(batch[before], stride: train.trainSegmentBytes)
+      batch.removeLast()
+      memory.release(datagram.buffer)
+    }
+    memory.release(train.buffer)
+  }
+
+  @inline(__always)
+  private mutating func routeOne(
     _ descriptor: Descriptor, now: TurnClock, _ memory: inout FrameMemory, _ counters: borrowing CounterTable,
     into batch: inout RoutedBatch
   ) {

@@ -10,15 +10,16 @@ import Glibc
 /// 3. `finished`: what the kernel took is counted and its buffers go back. Where it stopped, the frame that failed is
 ///    dropped under its reason, or everything waits, in order, until the lane takes frames again.
 struct TransmitStage: ~Copyable {
-  /// Frames that may wait on one lane for a full socket: a few batches, a few ms of a slow underlay. More would only
-  /// add delay; TCP fills any queue.
-  static let laneFramesMax = 256
+  /// Frames that may wait on one lane: what one turn may bring, 64 slots of super-frames of 46 segments, and some ms of
+  /// a slow underlay. More would only add delay; TCP fills any queue.
+  static let laneFramesMax = 4_096
 
   private var pool: SendPool
   private var lanes: FixedArray<Lane>
   /// Lanes to flush, each once.
   private var dirty: FixedArray<UInt32>
   private var dirtyCount = 0
+  private var lastFlushSecond: UInt32 = 0
 
   struct Lane: BitwiseCopyable {
     var kind = LaneKind.tap
@@ -30,8 +31,13 @@ struct TransmitStage: ~Copyable {
     var head: UInt32 = 0
     var tail: UInt32 = 0
     var count: UInt32 = 0
-    /// How many of them are out.
+    /// How many messages of them are out.
     var out: UInt32 = 0
+    /// Whether the kernel takes trains on it.
+    var takesTrains = true
+    /// The longest datagram that may be in a train: shorter after the kernel refused one, until `refusedSecond` is over.
+    var trainSegmentBytesMax = UInt32.max
+    var refusedSecond: UInt32 = 0
   }
   enum State: UInt8, BitwiseCopyable {
     case closed
@@ -82,6 +88,7 @@ struct TransmitStage: ~Copyable {
     if descriptor.offload.isSuperFrame {
       return enqueueSuperFrame(descriptor, vni, egress, canHoldBack, &memory, counters)
     }
+    if let run = TrainRun(descriptor) { return enqueueRun(run, vni, egress, canHoldBack, &memory, counters) }
     let record = counters[egress]
     guard let index = lane(for: descriptor, descriptor.length, egress, record, canHoldBack, &memory, counters)
     else { return }
@@ -110,6 +117,59 @@ struct TransmitStage: ~Copyable {
       offload.bufferCount = 0
       join(index, descriptor, egress, TapPort.header(offload), &memory, counters)
     }
+  }
+
+  /// Frames of one train go to a link one by one, as another train; to a port as few super-frames as they make.
+  @inline(never)
+  private mutating func enqueueRun(
+    _ run: TrainRun, _ vni: UInt32, _ egress: InterfaceIndex, _ canHoldBack: Bool, _ memory: inout FrameMemory,
+    _ counters: borrowing CounterTable
+  ) {
+    let record = counters[egress]
+    guard let index = lane(for: run.descriptor, run.frameBytesMax, egress, record, canHoldBack, &memory, counters)
+    else { return }
+    let header = Self.header(record.kind, vni)
+    // Each send holds the slot once, beside the run itself until all are queued.
+    var number = 0
+    while number < run.count {
+      guard lanes[index].count < UInt32(Self.laneFramesMax) else {
+        countRest(of: run, from: number, .dropQueueFull, egress, counters)
+        break
+      }
+      memory.hold(run.descriptor.buffer, adding: 1)
+      let joined = record.kind.isLink ? 1 : joinFrames(of: run, from: number, index, egress, &memory)
+      if joined == 1 { join(index, run.frame(number), egress, header, &memory, counters) }
+      number += joined
+    }
+    memory.release(run.descriptor.buffer)
+  }
+
+  private func countRest(
+    of run: TrainRun, from number: Int, _ reason: Counter, _ egress: InterfaceIndex, _ counters: borrowing CounterTable
+  ) {
+    var rest = run.descriptor
+    rest.wireFrames = UInt16(truncatingIfNeeded: run.count - number)
+    counters.countDrop(reason, rest, at: egress)
+  }
+
+  /// Queues the longest super-frame that the frames from one on make; returns how many they are. 1: it makes none, and
+  /// nothing was queued.
+  private mutating func joinFrames(
+    of run: TrainRun, from number: Int, _ index: Int, _ egress: InterfaceIndex, _ memory: inout FrameMemory
+  ) -> Int {
+    guard number + 1 < run.count, let rest = run.from(number),
+      var joined = Coalescer(memory.head(of: rest.frame(0)))
+    else { return 1 }
+    while joined.frameCount < rest.count, !joined.isComplete,
+      joined.join(memory.head(of: rest.frame(0)), memory.head(of: rest.frame(joined.frameCount)))
+    {}
+    guard joined.frameCount > 1, let operation = pool.take() else { return 1 }
+    guard pool.fill(operation, joining: joined, of: rest, egress: egress, &memory) else {
+      pool.giveBack(operation)
+      return 1
+    }
+    append(operation, to: index)
+    return joined.frameCount
   }
 
   /// Where the parts of a super-frame lie; nil when it cannot be cut into as many frames as it is counted as.
@@ -241,18 +301,47 @@ struct TransmitStage: ~Copyable {
   // MARK: 2. Lanes hand their queues to the kernel
 
   @inline(__always)
-  mutating func flush(_ io: inout some WorkerIO & ~Copyable, _ counters: borrowing CounterTable) {
+  mutating func flush(
+    _ io: inout some WorkerIO & ~Copyable, _ counters: borrowing CounterTable, nowSeconds: UInt32
+  ) {
+    lastFlushSecond = nowSeconds
     for place in 0..<dirtyCount {
       let index = Int(dirty[place])
       lanes[index].isDirty = false
       let lane = lanes[index]
       guard lane.state == .open, lane.out == 0, lane.count > 0 else { continue }
-      let count = min(Int(lane.count), io.chainFramesMax)
+      if lane.refusedSecond != 0, lane.refusedSecond &+ Self.trainRefusalSeconds < nowSeconds {
+        lanes[index].refusedSecond = 0
+        lanes[index].trainSegmentBytesMax = .max
+      }
+      let count = formMessages(index, io.chainFramesMax)
       lanes[index].out = UInt32(truncatingIfNeeded: count)
       io.send(index, first: Int(lane.head), count: count, pool)
       counters.worker.add(.sendChains)
     }
     dirtyCount = 0
+  }
+
+  /// How long a lane makes no trains of datagrams as long as those of one that the kernel refused.
+  private static let trainRefusalSeconds: UInt32 = 2
+
+  /// Makes messages of what waits on a lane, at most so many; returns how many.
+  @inline(__always)
+  private mutating func formMessages(_ index: Int, _ most: Int) -> Int {
+    let lane = lanes[index]
+    guard lane.kind.isDatagram else { return min(Int(lane.count), most) }
+    var left = Int(lane.count)
+    var operation = Int(lane.head)
+    var count = 0
+    while left > 0, count < most {
+      if lane.takesTrains {
+        pool.formTrain(from: operation, upTo: left, lane.kind, segmentBytesMax: lane.trainSegmentBytesMax)
+      }
+      left -= pool.messageFrames(operation)
+      operation = pool.nextMessage(operation)
+      count += 1
+    }
+    return count
   }
 
   // MARK: 3. The kernel answers
@@ -264,23 +353,67 @@ struct TransmitStage: ~Copyable {
     _ counters: borrowing CounterTable
   ) -> Report? {
     let index = Int(event.index)
-    precondition(event.count <= lanes[index].out, "more frames were sent than were out")
+    precondition(event.count <= lanes[index].out, "more messages were sent than were out")
+    let unsent = lanes[index].out - event.count
     lanes[index].out = 0
     for _ in 0..<event.count {
-      let operation = pop(index)
-      let record = pool[operation]
-      counters.countOut(record.descriptor, egress: record.egress)
-      memory.release(record.descriptor.buffer)
-      pool.giveBack(operation)
+      let frames = pool.messageFrames(Int(lanes[index].head))
+      if frames > 1 { counters.countTrain(frames) }
+      for _ in 0..<frames {
+        let operation = pop(index)
+        let record = pool[operation]
+        counters.countOut(record.descriptor, egress: record.egress)
+        memory.release(record.descriptor.buffer)
+        pool.giveBack(operation)
+      }
     }
     var report: Report?
-    if event.error != 0 { report = failed(index, event.error, &io, &memory, counters) }
+    var wasTrain = false
+    if unsent > 0 {
+      wasTrain = event.error != 0 && Self.isRefusal(event.error) && refuseTrain(index, counters)
+      dissolve(index, unsent)
+    }
+    if event.error != 0 && !wasTrain { report = failed(index, event.error, &io, &memory, counters) }
     if lanes[index].state == .closing {
       empty(index, lanes[index].closingReason, &memory, counters)
       return close(index, &io)
     }
     if lanes[index].count > 0 { markDirty(index) }
     return report
+  }
+
+  /// Errors by which the kernel refuses a train and may take its datagrams: longer than the path's MTU (EMSGSIZE;
+  /// EINVAL where the socket may fragment), or a device that cannot make the checksums (EIO, EOPNOTSUPP).
+  private static func isRefusal(_ error: Int32) -> Bool {
+    error == EMSGSIZE || error == EINVAL || error == EIO || error == EOPNOTSUPP
+  }
+
+  /// If a train is at the head of a lane, its datagrams go one by one, and for some time no train is made of any that
+  /// are as long; false if it is none.
+  private mutating func refuseTrain(_ index: Int, _ counters: borrowing CounterTable) -> Bool {
+    let first = Int(lanes[index].head)
+    let frames = pool.messageFrames(first)
+    guard frames > 1 else { return false }
+    counters.worker.add(.trainRefusals)
+    lanes[index].trainSegmentBytesMax = pool[first].bytes - 1
+    lanes[index].refusedSecond = max(1, lastFlushSecond)
+    var operation = first
+    for _ in 0..<frames {
+      pool[operation].isAlone = true
+      operation = pool.next(operation)
+    }
+    return true
+  }
+
+  /// The messages at the front of a lane's queue, which were not sent, are operations again.
+  private mutating func dissolve(_ index: Int, _ messages: UInt32) {
+    guard lanes[index].kind.isDatagram else { return }
+    var operation = Int(lanes[index].head)
+    for _ in 0..<messages {
+      let next = pool.nextMessage(operation)
+      pool.dissolveTrain(operation)
+      operation = next
+    }
   }
 
   /// What stopped a chain; the frame that it stopped at is at the head of the lane's queue.

@@ -163,9 +163,9 @@ struct Outlet<Frame: Crosses>: ~Copyable {
     self.bell = bell
   }
 
-  /// Whether one more frame fits.
+  /// Whether so many more frames fit.
   @inline(__always)
-  mutating func hasRoom() -> Bool { ring.room(for: 1) > 0 }
+  mutating func hasRoom(for count: Int) -> Bool { ring.room(for: count) >= count }
 
   /// Puts a frame on the ring, where there is room, with the name that its buffer has there; the neighbour sees it
   /// after `flush`.
@@ -304,19 +304,25 @@ struct Inlet<Frame: Crosses>: ~Copyable {
   @inline(__always)
   mutating func isEmpty() -> Bool { ring.isEmpty() }
 
-  /// Appends up to `most` frames to `batch`, which has room; returns how many.
+  /// Appends up to `most` frames to `batch`, which has room; returns how many. The frames of one slot that cross
+  /// together are taken over together, where the batch has room for them.
   @inline(__always)
   mutating func take(
     _ most: Int, by own: Int, _ memory: inout FrameMemory, _ counters: borrowing CounterTable,
     into batch: inout Batch<Frame>
   ) -> Int {
-    let count = ring.ready(most)
-    guard count > 0 else { return 0 }
+    let ready = ring.ready(min(most + RouteStage.trainFramesMax, batch.room))
+    guard ready > 0 else { return 0 }
     var takenOver = CrossingCount(.takenOverFrames)
-    for _ in 0..<count {
+    var count = 0
+    var following = 0
+    while count < ready, count < most || following > 0 {
       let crossing = ring.read()
+      count += 1
       if crossing.isBeside {
         takeBeside(by: own, &memory, into: &batch)
+        let together = Int(batch[batch.count - 1].crossesWith)
+        following = together > 0 ? together - 1 : following - 1
       } else {
         batch.append(Frame(crossing, memory.takeOver(crossing.buffer, by: own)))
       }
@@ -330,7 +336,8 @@ struct Inlet<Frame: Crosses>: ~Copyable {
   @inline(never)
   private mutating func takeBeside(by own: Int, _ memory: inout FrameMemory, into batch: inout Batch<Frame>) {
     guard var frame = beside.pop() else { preconditionFailure("a mark on the ring, and nothing beside") }
-    frame.descriptor.buffer = memory.takeOver(frame.descriptor.buffer, by: own)
+    frame.descriptor.buffer = memory.takeOver(
+      frame.descriptor.buffer, by: own, holds: Int(frame.crossesWith))
     batch.append(frame)
   }
 }

@@ -29,6 +29,8 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   private var events = EventBatch(capacity: eventsMax)
   private var received = DescriptorBatch(capacity: eventsMax)
   private var routed = RoutedBatch(capacity: eventsMax)
+  /// Routed frames that went on in this turn.
+  private var routedFrames = 0
   private var receive: ReceiveStage
   private var route: RouteStage
   private var transmit: TransmitStage
@@ -116,7 +118,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
 
     // 2.
     received.removeAll()
-    routed.removeAll()
+    routedFrames = 0
     var isWoken = false
     for place in 0..<events.count {
       let event = events[place]
@@ -136,19 +138,20 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     // 3.
     if roles.contains(.route) {
       for place in 0..<received.count {
+        // Trains may be routed to more places than a batch has.
+        if routed.room < RouteStage.trainFramesMax { passOnRouted() }
         route.route(received[place], now: clock, &memory, counters, into: &routed)
       }
     }
-    if !roles.contains(.transmit) { handOnRouted() }
 
     // 4.
-    if roles.contains(.transmit) { send() }
+    passOnRouted()
 
     // 5.
     if roles != .all { giveBack() }
     receive.replenish(&io, &memory)
     if isWoken { carryOutCommands() }
-    settle(isIdle: events.count == 0 && received.count == 0 && routed.count == 0)
+    settle(isIdle: events.count == 0 && received.count == 0 && routedFrames == 0)
     return state != .stopped
   }
 
@@ -156,19 +159,24 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   /// descriptor names port, domain and a held buffer. To be called between turns.
   public mutating func bring(_ descriptor: Descriptor) {
     counters.countIn(descriptor)
-    routed.removeAll()
     route.route(descriptor, now: clock, &memory, counters, into: &routed)
-    send()
+    passOnRouted()
   }
 
   /// Makes a foreign memory known before its frames are brought; returns its owner number.
   public mutating func adopt(_ foreign: ForeignMemory.Reference) -> Int { memory.adopt(foreign) }
 
+  private mutating func passOnRouted() {
+    routedFrames += routed.count
+    if roles.contains(.transmit) { send() } else { handOnRouted() }
+    routed.removeAll()
+  }
+
   @inline(__always)
   private mutating func send() {
     let canHoldBack = canHoldBack
     for place in 0..<routed.count { transmit.transmit(routed[place], canHoldBack: canHoldBack, &memory, counters) }
-    transmit.flush(&io, counters)
+    transmit.flush(&io, counters, nowSeconds: clock.seconds)
   }
 
   /// Whether slots beyond those that receives need are left, here and at each neighbour whose slots wait here: what a
@@ -218,7 +226,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     var handedOn = CrossingCount(.handedOnFrames)
     for place in 0..<received.count {
       let neighbour = neighbours == 1 ? 0 : Self.origin(of: received[place]) % neighbours
-      guard joints.toRouters[neighbour].hasRoom() else {
+      guard joints.toRouters[neighbour].hasRoom(for: 1) else {
         dropForFullRing(received[place])
         continue
       }
@@ -242,22 +250,41 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   private mutating func handOnRouted() {
     let neighbours = joints.toTransmitters.count
     var handedOn = CrossingCount(.handedOnFrames)
-    for place in 0..<routed.count {
-      // The upper bits of the product: lanes are picked by the hash's lower ones.
-      let product = UInt64(routed[place].descriptor.flowHash) * UInt64(truncatingIfNeeded: neighbours)
-      let neighbour = Int(truncatingIfNeeded: product >> 32)
-      guard joints.toTransmitters[neighbour].hasRoom() else {
-        dropForFullRing(routed[place].descriptor)
+    var place = 0
+    while place < routed.count {
+      // The frames of one slot stay together: it has one holder.
+      let buffer = routed[place].descriptor.buffer
+      var end = place + 1
+      while end < routed.count, routed[end].descriptor.buffer == buffer { end += 1 }
+      let neighbour = neighbours == 1 ? 0 : transmitter(of: routed[place].descriptor, among: neighbours)
+      guard joints.toTransmitters[neighbour].hasRoom(for: end - place) else {
+        for dropped in place..<end { dropForFullRing(routed[dropped].descriptor) }
+        place = end
         continue
       }
-      handedOn.count(routed[place].descriptor, counters)
-      joints.toTransmitters[neighbour].stage(
-        routed[place], memory.handOn(routed[place].descriptor.buffer, from: joints.number))
+      var holds = end - place
+      while place < end {
+        handedOn.count(routed[place].descriptor, counters)
+        if holds != 1 { routed[place].crossesWith = UInt16(truncatingIfNeeded: holds) }
+        joints.toTransmitters[neighbour].stage(
+          routed[place], memory.handOn(buffer, from: joints.number, holds: holds))
+        holds = 0
+        place += 1
+      }
     }
     handedOn.flush(counters)
     for neighbour in 0..<neighbours where joints.toTransmitters[neighbour].flush(&io) {
       counters.worker.add(.neighbourWakes)
     }
+  }
+
+  /// One for all that a link brought, as a train has frames of several flows; else one for each flow.
+  @inline(__always)
+  private func transmitter(of descriptor: Descriptor, among neighbours: Int) -> Int {
+    if counters[descriptor.ingress].kind.isLink { return descriptor.ingress.index % neighbours }
+    // The upper bits of the product: lanes are picked by the hash's lower ones.
+    let product = UInt64(descriptor.flowHash) * UInt64(truncatingIfNeeded: neighbours)
+    return Int(truncatingIfNeeded: product >> 32)
   }
 
   private mutating func dropForFullRing(_ descriptor: Descriptor) {
@@ -296,7 +323,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   @inline(__always)
   private var frames: Int {
     if roles.contains(.route) { return received.count }
-    return (roles.contains(.receive) ? received.count : 0) + (roles.contains(.transmit) ? routed.count : 0)
+    return (roles.contains(.receive) ? received.count : 0) + (roles.contains(.transmit) ? routedFrames : 0)
   }
 
   @inline(__always)
@@ -350,11 +377,10 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   private mutating func sendWhatIsOnRings() {
     var left = joints.fromRouters.capacity
     while left > 0 {
-      routed.removeAll()
       joints.fromRouters.take(left, by: joints.number, &memory, counters, into: &routed)
       guard routed.count > 0 else { return }
       left -= routed.count
-      send()
+      passOnRouted()
     }
   }
 

@@ -63,6 +63,9 @@ enum MessageSlot {
       let data = unsafe start + offset + 16
       if level == Int32(IPPROTO_IP) && type == IP_TOS || level == Int32(IPPROTO_IPV6) && type == IPV6_TCLASS {
         event.typeOfService = unsafe data.load(as: UInt8.self)
+      } else if level == Int32(IPPROTO_UDP) && type == CLINUX_UDP_GRO, length >= 16 + 4 {
+        // Of a train that the kernel put together; a single datagram comes without.
+        event.trainSegmentBytes = unsafe UInt16(truncatingIfNeeded: data.loadUnaligned(as: Int32.self))
       } else if level == SOL_PACKET && type == PACKET_AUXDATA,
         length >= 16 + MemoryLayout<tpacket_auxdata>.size
       {

@@ -5,9 +5,25 @@ import CLinux
 ///
 /// Headers are written here, never in front of a frame in its slot: a flood sends the same bytes with different
 /// headers. Free operations form a stack, so that the one used last is used next, while its lines are warm.
+///
+/// A message is what the kernel takes in one piece: mostly one operation; or a train, operations of datagrams that
+/// follow each other on a lane, of equal length but for the last, which leave as one `sendmsg` (UDP_SEGMENT). Its first
+/// operation names the gather that lists the parts. A super-frame made of received frames is one operation with a
+/// gather of its own.
 @safe
 public struct SendPool: ~Copyable, @unchecked Sendable {
+  /// Datagrams of one train (UDP_MAX_SEGMENTS, linux/udp.h since 6.9; before that 64).
+  public static let trainFramesMax = 128
+  /// Bytes of one train: near 65,507, the limit of IPv4, the kernel cuts a train up before the device. Measured with
+  /// 65,490 and 65,494 bytes.
+  public static let trainBytesMax = 65_000
+
   private let operations: UnsafeMutablePointer<clinux_send>
+  private let gathers: UnsafeMutablePointer<clinux_gather>
+  private var freeGathers: FixedArray<UInt32>
+  private var freeGatherCount: Int
+  private let gatherCount: Int
+  private static var noGather: UInt32 { .max }
   private var records: FixedArray<Record>
   private var free: FixedArray<UInt32>
   private var freeCount: Int
@@ -21,13 +37,29 @@ public struct SendPool: ~Copyable, @unchecked Sendable {
     public var next: UInt32
     /// Whether it was sent again after a stale socket error.
     public var wasResent: Bool
-    /// Bytes handed to the kernel, headers included: a smaller result is a short write.
+    /// Bytes of it for the kernel, headers included.
     public var bytes: UInt32
+    /// Whether it may be no part of a train: the kernel refused one that it was in.
+    public var isAlone = false
+    /// Of the first of a train: how many operations it has, its bytes, and the operation behind it.
+    var trainFrames: UInt16 = 1
+    var trainBytes: UInt32 = 0
+    var behindTrain: UInt32 = 0
+    var gather: UInt32 = .max
   }
 
-  public init(count: Int) {
+  /// - Parameters:
+  ///   - count: operations.
+  ///   - gathers: messages of many parts at once; without a free one frames leave one by one.
+  public init(count: Int, gathers gatherCount: Int = 128) {
     precondition(count > 0 && count < Int(UInt32.max))
     self.count = count
+    self.gatherCount = gatherCount
+    unsafe gathers = .allocate(capacity: max(1, gatherCount))
+    unsafe gathers.initialize(repeating: unsafe clinux_gather(), count: gatherCount)
+    freeGathers = FixedArray(repeating: 0, count: gatherCount)
+    for index in 0..<gatherCount { freeGathers[index] = UInt32(gatherCount - 1 - index) }
+    freeGatherCount = gatherCount
     unsafe operations = .allocate(capacity: count)
     unsafe operations.initialize(repeating: unsafe clinux_send(), count: count)
     let empty = Descriptor(buffer: BufferReference(slot: 0), offset: 0, length: 0, ingress: .none)
@@ -40,6 +72,7 @@ public struct SendPool: ~Copyable, @unchecked Sendable {
 
   deinit {
     unsafe operations.deallocate()
+    unsafe gathers.deallocate()
   }
 
   public var usedCount: Int { count - freeCount }
@@ -55,6 +88,7 @@ public struct SendPool: ~Copyable, @unchecked Sendable {
   @inline(__always)
   public mutating func giveBack(_ operation: Int) {
     precondition(freeCount < count, "an operation was given back twice")
+    if records[operation].gather != Self.noGather { giveBackGather(of: operation) }
     free[freeCount] = UInt32(truncatingIfNeeded: operation)
     freeCount += 1
   }
@@ -68,6 +102,143 @@ public struct SendPool: ~Copyable, @unchecked Sendable {
   /// The operation after `operation` in its list.
   @inline(__always)
   public func next(_ operation: Int) -> Int { Int(records[operation].next) }
+
+  // MARK: Messages
+
+  /// The message that starts at an operation, as the kernel reads it.
+  @unsafe @inline(__always)
+  public func message(_ operation: Int) -> UnsafeMutablePointer<msghdr> {
+    let gather = records[operation].gather
+    if gather == Self.noGather { return unsafe clinux_send_message(self.operation(operation))! }
+    return unsafe clinux_gather_message(gathers + Int(gather))!
+  }
+
+  /// Bytes that the kernel takes of it: a smaller result is a short write.
+  @inline(__always)
+  public func messageBytes(_ operation: Int) -> UInt32 {
+    records[operation].trainFrames > 1 ? records[operation].trainBytes : records[operation].bytes
+  }
+
+  /// How many operations it is.
+  @inline(__always)
+  public func messageFrames(_ operation: Int) -> Int { Int(records[operation].trainFrames) }
+
+  /// The operation that the message behind it starts at.
+  @inline(__always)
+  public func nextMessage(_ operation: Int) -> Int {
+    records[operation].trainFrames > 1 ? Int(records[operation].behindTrain) : Int(records[operation].next)
+  }
+
+  /// Makes a train of the operation at the front of a lane's queue and those behind it that fit: of the same length
+  /// and ToS, the last perhaps shorter.
+  /// - Parameters:
+  ///   - most: operations in the queue, from `first` on.
+  ///   - segmentBytesMax: the longest datagram that may be in a train.
+  @inline(__always)
+  public mutating func formTrain(from first: Int, upTo most: Int, _ kind: LaneKind, segmentBytesMax: UInt32) {
+    let bytes = records[first].bytes
+    guard most > 1, !records[first].isAlone, bytes <= segmentBytesMax, records[Int(records[first].next)].bytes <= bytes
+    else { return }
+    gatherTrain(from: first, upTo: most, kind)
+  }
+
+  private mutating func gatherTrain(from first: Int, upTo most: Int, _ kind: LaneKind) {
+    guard freeGatherCount > 0, records[first].gather == Self.noGather else { return }
+    let segmentBytes = records[first].bytes
+    let service = records[first].descriptor.typeOfService
+    let gather = unsafe gathers + Int(freeGathers[freeGatherCount - 1])
+    let vectors = unsafe clinux_gather_vectors(gather)!
+    let vectorsMax = Int(CLINUX_GATHER_VECTORS_MAX)
+    var used = 0
+    var total: UInt32 = 0
+    var frames = 0
+    var operation = first
+    let framesMax = min(most, Self.trainFramesMax)
+    while frames < framesMax {
+      let record = records[operation]
+      let message = unsafe clinux_send_message(self.operation(operation))!
+      let parts = unsafe message.pointee.msg_iovlen
+      guard record.bytes <= segmentBytes, record.descriptor.typeOfService == service, !record.isAlone,
+        total + record.bytes <= UInt32(Self.trainBytesMax), used + parts <= vectorsMax
+      else { break }
+      for part in 0..<parts { unsafe vectors[used + part] = unsafe message.pointee.msg_iov[part] }
+      used += parts
+      total += record.bytes
+      frames += 1
+      operation = Int(record.next)
+      if record.bytes < segmentBytes { break }
+    }
+    guard frames > 1 else { return }
+    freeGatherCount -= 1
+    records[first].gather = freeGathers[freeGatherCount]
+    records[first].trainFrames = UInt16(truncatingIfNeeded: frames)
+    records[first].trainBytes = total
+    records[first].behindTrain = UInt32(truncatingIfNeeded: operation)
+    unsafe gather.pointee.message = unsafe msghdr()
+    unsafe gather.pointee.message.msg_iov = vectors
+    unsafe gather.pointee.message.msg_iovlen = used
+    let (level, type) =
+      kind == .datagramIPv4 ? (Int32(IPPROTO_IP), IP_TOS) : (Int32(IPPROTO_IPV6), IPV6_TCLASS)
+    unsafe clinux_gather_set_train(
+      gather, UInt16(truncatingIfNeeded: segmentBytes), service == 0 ? 0 : 1, level, type, Int32(service))
+  }
+
+  /// A train that was not sent is operations again.
+  @inline(__always)
+  public mutating func dissolveTrain(_ first: Int) {
+    guard records[first].trainFrames > 1 else { return }
+    records[first].trainFrames = 1
+    giveBackGather(of: first)
+  }
+
+  private mutating func giveBackGather(of operation: Int) {
+    precondition(freeGatherCount < gatherCount, "a gather was given back twice")
+    freeGathers[freeGatherCount] = records[operation].gather
+    freeGatherCount += 1
+    records[operation].gather = Self.noGather
+    records[operation].trainFrames = 1
+  }
+
+  /// Fills in an operation with a super-frame made of frames that came in one train: its own headers, and the payloads
+  /// where they lie.
+  /// - Parameters:
+  ///   - run: names the first of the frames; the others follow at the train's stride.
+  ///   - joined: how they are one.
+  /// - Returns: false when no gather is free.
+  public mutating func fill(
+    _ operation: Int, joining joined: Coalescer, of run: TrainRun, egress: InterfaceIndex, _ memory: inout FrameMemory
+  ) -> Bool {
+    guard freeGatherCount > 0, joined.frameCount < Int(CLINUX_GATHER_VECTORS_MAX) else { return false }
+    let send = unsafe self.operation(operation)
+    var room = unsafe MutableRawSpan(
+      _unsafeStart: clinux_send_header(send)!, byteCount: Int(CLINUX_SEND_HEADER_BYTES))
+    joined.offload.write(into: &room)
+    let headerBytes = joined.writeHeaders(
+      memory.head(of: run.frame(0)), into: &room, at: OffloadHeader.bytes)
+    freeGatherCount -= 1
+    let number = freeGathers[freeGatherCount]
+    let gather = unsafe gathers + Int(number)
+    let vectors = unsafe clinux_gather_vectors(gather)!
+    unsafe vectors[0] = unsafe iovec(iov_base: clinux_send_header(send), iov_len: headerBytes)
+    for index in 0..<joined.frameCount {
+      var payload = run.frame(index)
+      payload.offset += UInt32(truncatingIfNeeded: joined.headerBytes)
+      payload.length -= UInt32(truncatingIfNeeded: joined.headerBytes)
+      let isPlaced = unsafe memory.vectors(of: payload, into: vectors + 1 + index, room: 1) != nil
+      precondition(isPlaced, "a received frame is in one piece")
+    }
+    unsafe gather.pointee.message = unsafe msghdr()
+    unsafe gather.pointee.message.msg_iov = vectors
+    unsafe gather.pointee.message.msg_iovlen = 1 + joined.frameCount
+    var whole = run.frame(0)
+    whole.length = UInt32(truncatingIfNeeded: joined.frameBytes)
+    whole.wireFrames = UInt16(truncatingIfNeeded: joined.frameCount)
+    records[operation] = Record(
+      descriptor: whole, egress: egress, next: 0, wasResent: false,
+      bytes: UInt32(truncatingIfNeeded: headerBytes + joined.payloadBytes))
+    records[operation].gather = number
+    return true
+  }
 
   /// Bytes in front of a frame: at most 16, as two words in memory order.
   public struct Header: BitwiseCopyable {

@@ -27,7 +27,7 @@ public protocol WorkerIO: ~Copyable {
 
   /// Lends a slot, in state posted, to be received into.
   mutating func post(_ slot: Int, _ memory: inout FrameMemory)
-  /// Sends the chain that starts at `first` and follows `SendPool.next`, `count` long, in order.
+  /// Sends the chain of messages that starts at `first` and follows `SendPool.nextMessage`, `count` long, in order.
   /// At most `chainFramesMax` and only when no chain is out on this lane.
   mutating func send(_ lane: Int, first: Int, count: Int, _ pool: borrowing SendPool)
   /// Asks for one `writable` event when the lane takes frames again.
@@ -109,7 +109,7 @@ public struct IOEvent: BitwiseCopyable, Sendable {
     case received
     /// The receive of `source` ended with `error` (0: the kernel ended a multishot for reasons of its own).
     case receiveEnded
-    /// The chain of `lane` is over: `count` were sent; `error` stopped it, or 0.
+    /// The chain of `lane` is over: `count` messages were sent; `error` stopped it, or 0.
     case sent
     /// `lane` takes frames again; `error` tells when the device is gone instead.
     case writable

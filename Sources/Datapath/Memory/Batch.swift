@@ -33,6 +33,13 @@ public struct Batch<Element: BitwiseCopyable>: ~Copyable {
     }
   }
 
+  /// Of a batch that is not empty.
+  @inlinable
+  public mutating func removeLast() {
+    precondition(used > 0, "nothing to remove")
+    used -= 1
+  }
+
   @inlinable
   public mutating func removeAll() { used = 0 }
 

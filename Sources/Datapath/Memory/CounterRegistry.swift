@@ -41,6 +41,7 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
   case batches1, batches2to3, batches4to7, batches8to15, batches16to31, batches32to63, batches64up
   case receiveRearms, receiveStarved, completionOverflows
   case sendChains, laneBlocks, resends
+  case trains, trainFrames, trainRefusals
   case modeSwitches
 
   /// Where a counter is kept.
@@ -117,7 +118,9 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     case .dropUnknownVNI:
       define("drop_unknown_vni", [.underlay], "No link with this source address carries a domain with this VNI.")
     case .dropOversizedDatagram:
-      define("drop_oversized_datagram", [.underlay], "The datagram is longer than a slot and arrived cut.")
+      define(
+        "drop_oversized_datagram", [.underlay],
+        "The datagram is longer than a slot and arrived cut, or came in a train of more than 128.")
     case .dropWrongEncapsulation:
       define(
         "drop_wrong_encapsulation", [.underlay],
@@ -242,6 +245,14 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
       define("lane_blocks", [.worker], "Times that a socket or device was full (EAGAIN).", unit: "times")
     case .resends:
       define("resends", [.worker], "Sends repeated after a stale error of the socket (ECONNREFUSED).", unit: "sends")
+    case .trains:
+      define("trains", [.worker], "Datagrams sent as one message (UDP_SEGMENT): so many messages.", unit: "messages")
+    case .trainFrames: define("train_frames", [.worker], "Frames that left in those.")
+    case .trainRefusals:
+      define(
+        "train_refusals", [.worker],
+        "Trains that the kernel refused, whose frames were then sent one by one: the path's MTU fell, or a device cannot "
+          + "make checksums.", unit: "messages")
     case .modeSwitches:
       define(
         "mode_switches", [.worker], "Switches of adaptive dispatch between sleeping and polling.", unit: "switches")

@@ -196,29 +196,45 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
   // MARK: Neighbours
 
   /// The name of a buffer for the worker that it is handed on to by worker `number`, this one.
+  /// - Parameter holds: how many frames of it are handed on, which are all that hold it: they cross together, this the
+  ///   first of them. 0 for those that follow.
   @inline(__always)
-  public mutating func handOn(_ buffer: BufferReference, from number: Int) -> BufferReference {
+  public mutating func handOn(_ buffer: BufferReference, from number: Int, holds: Int = 1) -> BufferReference {
     if buffer.owner == 0 {
-      handedOnCount += 1
+      if holds > 0 {
+        precondition(states[Int(buffer.index)] == UInt32(holds), "a slot that waits for sends is handed on")
+        states[Int(buffer.index)] = 1
+        handedOnCount += 1
+      }
       return BufferReference(owner: Self.neighbourOwnerFirst + number, index: Int(buffer.index))
     }
     guard let owner = neighbour(buffer) else { preconditionFailure("foreign memory is handed on") }
-    precondition(furtherHolds[place(of: buffer, owner)] == 0, "a slot that waits for sends is handed on")
-    neighbours[owner].takenCount -= 1
+    if holds > 0 {
+      let place = place(of: buffer, owner)
+      precondition(Int(furtherHolds[place]) == holds - 1, "a slot that waits for sends is handed on")
+      furtherHolds[place] = 0
+      neighbours[owner].takenCount -= 1
+    }
     return buffer
   }
 
-  /// Takes over what a neighbour handed on to worker `own`, this one: it is held once. Returns its name here: it may be
-  /// a slot of one's own that was handed on and comes back routed.
+  /// Takes over what a neighbour handed on to worker `own`, this one: it is held as often as it was there. Returns its
+  /// name here: it may be a slot of one's own that was handed on and comes back routed.
   @inline(__always)
-  public mutating func takeOver(_ buffer: BufferReference, by own: Int) -> BufferReference {
+  public mutating func takeOver(_ buffer: BufferReference, by own: Int, holds: Int = 1) -> BufferReference {
     guard let number = neighbour(buffer) else { preconditionFailure("no neighbour's slot is taken over") }
     if number == own {
-      precondition(handedOnCount > 0, "a slot came back that was not handed on")
-      handedOnCount -= 1
+      if holds > 0 {
+        precondition(handedOnCount > 0, "a slot came back that was not handed on")
+        handedOnCount -= 1
+        if holds > 1 { hold(BufferReference(slot: Int(buffer.index)), adding: holds - 1) }
+      }
       return BufferReference(slot: Int(buffer.index))
     }
-    neighbours[number].takenCount += 1
+    if holds > 0 {
+      neighbours[number].takenCount += 1
+      if holds > 1 { hold(buffer, adding: holds - 1) }
+    }
     return buffer
   }
 

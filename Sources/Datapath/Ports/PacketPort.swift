@@ -47,7 +47,7 @@ public enum PacketPort {
       if header.isSuperFrame { header.headerLength &+= UInt16(VLANTag.bytes) }
     }
     if header.gsoType == 0 && !header.needsChecksum { return (descriptor, nil) }
-    if header.isSuperFrame { return describeSuperFrame(header, descriptor, memory) }
+    if header.isSuperFrame { return TapPort.describeSuperFrame(header, descriptor, &memory) }
     var frame = memory.mutableHead(of: descriptor)
     return header.finishChecksum(in: &frame) ? (descriptor, nil) : (descriptor, .dropBadOffload)
   }
@@ -63,21 +63,6 @@ public enum PacketPort {
       unsafe bytes.storeNetwork(value, at: start + 4 * word)
     }
     unsafe bytes.storeNetwork(tag, at: start + 12)
-  }
-
-  /// A super-frame goes on whole, with its offload header, and counts as its segments.
-  @inline(__always)
-  private static func describeSuperFrame(
-    _ header: OffloadHeader, _ descriptor: Descriptor, _ memory: borrowing FrameMemory
-  ) -> (descriptor: Descriptor, drop: Counter?) {
-    var descriptor = descriptor
-    let frameBytes = Int(descriptor.length)
-    guard let whole = SuperFrame(headers: memory.head(of: descriptor), frameBytes: frameBytes, header) else {
-      return (descriptor, .dropBadOffload)
-    }
-    descriptor.wireFrames = UInt16(truncatingIfNeeded: whole.segmentCount)
-    descriptor.offload = header
-    return (descriptor, nil)
   }
 }
 

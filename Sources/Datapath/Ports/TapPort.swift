@@ -41,10 +41,24 @@ public enum TapPort {
     whole.length = event.length
     guard var header = OffloadHeader(memory.head(of: whole)) else { return (descriptor, .dropRunt) }
     if header.gsoType == 0 && header.flags & OffloadHeader.flagNeedsChecksum == 0 { return (descriptor, nil) }
-    // No offload is agreed on, but a device that another process used before may still hold frames of its time.
-    if header.isSuperFrame { return (descriptor, .dropBadOffload) }
+    if header.isSuperFrame { return describeSuperFrame(header, descriptor, &memory) }
     var frame = memory.mutableHead(of: descriptor)
     return header.finishChecksum(in: &frame) ? (descriptor, nil) : (descriptor, .dropBadOffload)
+  }
+
+  /// A super-frame goes on whole, with its offload header, and counts as its segments.
+  @inline(__always)
+  static func describeSuperFrame(
+    _ header: OffloadHeader, _ descriptor: Descriptor, _ memory: inout FrameMemory
+  ) -> (descriptor: Descriptor, drop: Counter?) {
+    var descriptor = descriptor
+    let frameBytes = Int(descriptor.length)
+    guard let whole = SuperFrame(headers: memory.head(of: descriptor), frameBytes: frameBytes, header) else {
+      return (descriptor, .dropBadOffload)
+    }
+    descriptor.wireFrames = UInt16(truncatingIfNeeded: whole.segmentCount)
+    descriptor.offload = header
+    return (descriptor, nil)
   }
 }
 
@@ -71,15 +85,18 @@ public struct TapDevice: Sendable {
   ///   - queues: how many queues to open, from 1 on.
   ///   - mtuBytes: set on a device that was made.
   ///   - mac: given to a device that was made, so that it comes back with the same one: neighbours remember it.
+  ///   - offloads: whether the guest may hand over super-frames and unfinished checksums.
   ///   - retries: how often a busy device is tried again, each after 20 ms.
   public static func open(
-    name: String, queues: Int, mtuBytes: Int, mac: MACAddress, retries: Int = busyRetriesAtStart
+    name: String, queues: Int, mtuBytes: Int, mac: MACAddress, offloads: Bool = true, retries: Int = busyRetriesAtStart
   ) throws(PortError) -> TapDevice {
     let existed = unsafe if_nametoindex(name) != 0
     var descriptors: [Int32] = []
     do throws(PortError) {
       for _ in 0..<queues {
-        descriptors.append(try openQueue(name, isMultiQueue: queues > 1, existed: existed, retries))
+        descriptors.append(
+          try openQueue(
+            name, isMultiQueue: queues > 1, existed: existed, offloads: offloads, retries))
       }
       if !existed { try configure(name, mtuBytes, mac) }
     } catch {
@@ -102,7 +119,7 @@ public struct TapDevice: Sendable {
   }
 
   private static func openQueue(
-    _ name: String, isMultiQueue: Bool, existed: Bool, _ retries: Int
+    _ name: String, isMultiQueue: Bool, existed: Bool, offloads: Bool, _ retries: Int
   ) throws(PortError) -> Int32 {
     let doing = "attach TAP device \(name)"
     let descriptor = unsafe Glibc.open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC)
@@ -118,7 +135,7 @@ public struct TapDevice: Sendable {
     // An existing device made for several queues wants to be opened as such, even for one.
     if number == EINVAL && existed && !isMultiQueue { number = attach(descriptor, name, true, retries) }
     if number == 0, clinux_tap_set_header_bytes(descriptor, Int32(TapPort.headerBytes)) < 0 { number = errno }
-    if number == 0, clinux_tap_set_offloads(descriptor, 0) < 0 { number = errno }
+    if number == 0 { number = setOffloads(descriptor, offloads) }
     guard number == 0 else {
       Glibc.close(descriptor)
       let remedy =
@@ -133,6 +150,18 @@ public struct TapDevice: Sendable {
       throw PortError(doing: doing, number: number, remedy: remedy, mayPass: number == EBUSY)
     }
     return descriptor
+  }
+
+  /// What a guest may leave to us: checksums, TCP super-frames, UDP super-frames (USO, both versions only together,
+  /// since 6.2). A kernel that lacks some gets less; 0 or an error number.
+  private static func setOffloads(_ descriptor: Int32, _ wanted: Bool) -> Int32 {
+    let tcp = UInt(TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN)
+    let udp = UInt(CLINUX_TUN_F_USO4 | CLINUX_TUN_F_USO6)
+    for offloads in wanted ? [tcp | udp, tcp, UInt(TUN_F_CSUM), 0] : [0] {
+      if clinux_tap_set_offloads(descriptor, offloads) == 0 { return 0 }
+      if errno != EINVAL { return errno }
+    }
+    return EINVAL
   }
 
   private static func attach(_ descriptor: Int32, _ name: String, _ isMultiQueue: Bool, _ retries: Int) -> Int32 {

@@ -233,12 +233,12 @@ public struct SyscallIO: ~Copyable, WorkerIO {
   ) -> (sent: Int, error: Int32) {
     var operation = first
     for sent in 0..<count {
-      let message = unsafe pool.operation(operation).pointee.message
+      let message = unsafe pool.message(operation).pointee
       statistics.enters += 1
       let result = unsafe writev(descriptor, message.msg_iov, Int32(truncatingIfNeeded: message.msg_iovlen))
       if result < 0 { return (sent, errno) }
-      if result != Int(pool[operation].bytes) { return (sent, IOEvent.shortWrite) }
-      operation = pool.next(operation)
+      if result != Int(pool.messageBytes(operation)) { return (sent, IOEvent.shortWrite) }
+      operation = pool.nextMessage(operation)
     }
     return (count, 0)
   }
@@ -250,8 +250,8 @@ public struct SyscallIO: ~Copyable, WorkerIO {
   ) -> (sent: Int, error: Int32) {
     var operation = first
     for place in 0..<count {
-      unsafe messages[place] = unsafe clinux_message(header: pool.operation(operation).pointee.message, length: 0)
-      operation = pool.next(operation)
+      unsafe messages[place] = unsafe clinux_message(header: pool.message(operation).pointee, length: 0)
+      operation = pool.nextMessage(operation)
     }
     var sent = 0
     operation = first
@@ -263,8 +263,8 @@ public struct SyscallIO: ~Copyable, WorkerIO {
       // Nothing sent and no error: as a full socket, so that nothing turns in circles here.
       if result == 0 { return (sent, EAGAIN) }
       for _ in 0..<min(result, count - sent) {
-        if unsafe messages[sent].length != pool[operation].bytes { return (sent, IOEvent.shortWrite) }
-        operation = pool.next(operation)
+        if unsafe messages[sent].length != pool.messageBytes(operation) { return (sent, IOEvent.shortWrite) }
+        operation = pool.nextMessage(operation)
         sent += 1
       }
     }

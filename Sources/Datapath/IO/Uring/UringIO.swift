@@ -430,20 +430,18 @@ public struct UringIO: ~Copyable, WorkerIO {
     let link = UInt8(1 << IOSQE_IO_LINK_BIT)
     var operation = first
     for position in 0..<count {
-      let send = unsafe pool.operation(operation)
+      let message = unsafe pool.message(operation)
       let entry = unsafe entry()
       if kind == .tap {
         unsafe io_uring_prep_writev2(
-          entry, file.number, send.pointee.message.msg_iov, UInt32(send.pointee.message.msg_iovlen), .max,
-          Int32(RWF_NOWAIT))
+          entry, file.number, message.pointee.msg_iov, UInt32(message.pointee.msg_iovlen), .max, Int32(RWF_NOWAIT))
       } else {
-        unsafe io_uring_prep_sendmsg(entry, file.number, &send.pointee.message, UInt32(MSG_DONTWAIT))
+        unsafe io_uring_prep_sendmsg(entry, file.number, message, UInt32(MSG_DONTWAIT))
       }
       let isLast = position == count - 1
       unsafe clinux_sqe_finish(entry, isLast ? file.flags : file.flags | link, tag(.send, lane, operation))
-      let record = pool[operation]
-      expectedBytes[operation] = record.bytes
-      operation = Int(record.next)
+      expectedBytes[operation] = pool.messageBytes(operation)
+      operation = pool.nextMessage(operation)
     }
     lanes[lane].out = UInt32(count)
     lanes[lane].sent = 0
