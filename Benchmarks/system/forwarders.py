@@ -349,7 +349,7 @@ def set_up(forwarder, lab):
     except Failure as failure:
         if forwarder.group in (OURS, KERNEL):
             raise
-        ended = [" ".join(tail(process.log).split()) for process in lab.processes if process.poll() is not None]
+        ended = [tail(process.log) for process in lab.processes if process.poll() is not None]
         raise Unavailable(f"did not start: {failure}" + (f" ({ended[0]})" if ended else "")) from None
 
 

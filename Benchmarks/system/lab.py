@@ -216,8 +216,10 @@ class Lab:
         self.until(is_answered, 20, "the guests do not reach each other")
 
 
-def tail(path, characters=300):
-    return path.read_text(errors="replace").strip()[-characters:]
+def tail(path, characters=200):
+    """The end of a log as one line."""
+    text = " ".join(path.read_text(errors="replace").split())
+    return text if len(text) <= characters else "…" + text[-characters:]
 
 
 class BusyClock:
@@ -236,3 +238,53 @@ class BusyClock:
         now = self._busy()
         passed, self.last = now - self.last, now
         return passed / self.ticks
+
+
+class OthersClock:
+    """The CPU seconds that others took since the last `seconds()`: programs which are not of this run, from
+    /proc/PID/stat, and other virtual machines ("steal" in /proc/stat).
+
+    Kernel threads do not count, as they work for the run; a short-lived program counts once its parent took note of
+    its end.
+    """
+
+    # Beside the processes, by number.
+    STEAL = 0
+
+    def __init__(self):
+        self.ticks = os.sysconf("SC_CLK_TCK")
+        self.last = self._taken()
+
+    def _taken(self):
+        parents, taken = {}, {}
+        for name in os.listdir("/proc"):
+            if not name.isdigit():
+                continue
+            try:
+                with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
+                    fields = file.read().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents[int(name)] = int(fields[1])
+            # User and system time of it, and of its children that ended.
+            taken[int(name)] = sum(map(int, fields[11:15]))
+        strangers = {process: ticks for process, ticks in taken.items() if not _descends(process, parents)}
+        with open("/proc/stat", encoding="ascii") as file:
+            strangers[self.STEAL] = int(file.readline().split()[8])
+        return strangers
+
+    def seconds(self):
+        now = self._taken()
+        passed = sum(max(0, ticks - self.last.get(process, 0)) for process, ticks in now.items())
+        self.last = now
+        return passed / self.ticks
+
+
+def _descends(process, parents):
+    """Whether a process is this one, one that it started, or one of the kernel's."""
+    kernel = 2
+    while process:
+        if process in (os.getpid(), kernel):
+            return True
+        process = parents.get(process, 0)
+    return False

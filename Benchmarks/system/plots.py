@@ -12,7 +12,9 @@ import matplotlib.pyplot as pyplot  # noqa: E402
 
 from results import label  # noqa: E402
 
-OURS_COLOUR, OTHERS_COLOUR, MARKED_COLOUR = "#c2410c", "#94a3b8", "#475569"
+OURS_COLOUR, OTHERS_COLOUR = "#c2410c", "#94a3b8"
+# Bars whose lengths differ by more than this factor are drawn on a logarithmic scale.
+LOGARITHMIC_FROM = 20
 
 
 def save(figure, path):
@@ -29,7 +31,7 @@ def grid(count, columns, width, height):
     return figure, flat[:count]
 
 
-def bars(result, is_ours, logarithmic=True, columns=3):
+def bars(result, is_ours, columns=3):
     """A panel for each measure, a bar with the median for each subject, and a line from min to max."""
     subjects = result.measured_subjects()
     figure, axes = grid(len(result.measures), columns, 4.2, 0.22 * len(subjects) + 0.8)
@@ -42,10 +44,12 @@ def bars(result, is_ours, logarithmic=True, columns=3):
             axis.annotate(f" {middle:,.{column['digits']}f}", (max(middle, high), place), va="center", fontsize=7)
         axis.set_yticks(range(len(shown)), [subject["title"] for subject, _ in shown])
         axis.invert_yaxis()
-        if logarithmic and shown and all(three[0] > 0 for _, three in shown):
+        medians = [middle for _, (_, middle, _) in shown]
+        if medians and min(medians) > 0 and max(medians) > LOGARITHMIC_FROM * min(medians):
             axis.set_xscale("log")
         axis.margins(x=0.2)
-        axis.set_title(f"{label(column)} ({column['better']} is better)", fontsize=8, loc="left")
+        axis.set_title(label(column), fontsize=8, loc="left")
+        axis.set_xlabel(f"{column['better']} is better", fontsize=7, loc="left")
     figure.tight_layout()
     return figure
 

@@ -65,7 +65,7 @@ class Result:
             "benchmark": name, "title": title, "date": today(), "revision": revision(), "machine": machine(),
             "versions": {}, "options": options, "how": how, "references": list(references), "measures": measures,
             "subjects": subjects, "values": {subject["key"]: {} for subject in subjects}, "skipped": {}, "failures": [],
-            "tables": [],
+            "turns": {"all": 0, "disturbed": 0, "worst_share_of_others": 0.0}, "tables": [],
         })
 
     @classmethod
@@ -84,6 +84,13 @@ class Result:
 
     def fail(self, what):
         self.document["failures"].append(what)
+
+    def count_turn(self, is_disturbed, share_of_others):
+        """A subject's turn in a round, during which others took that share of a CPU."""
+        turns = self.document["turns"]
+        turns["all"] += 1
+        turns["disturbed"] += is_disturbed
+        turns["worst_share_of_others"] = round(max(turns["worst_share_of_others"], share_of_others), 3)
 
     def summarize(self):
         """What readers of the JSON would work out themselves."""
@@ -174,6 +181,10 @@ class Result:
         yield "options: " + ", ".join(f"{key} {value}" for key, value in document["options"].items())
         yield "versions: " + "; ".join(f"{key} {value}" for key, value in document["versions"].items())
         yield from document["how"]
+        turns = document["turns"]
+        if turns["disturbed"]:
+            yield f"DISTURBED: during {turns['disturbed']} of {turns['all']} turns others took up to" \
+                  f" {turns['worst_share_of_others']:.0%} of a CPU"
 
     def remarks(self):
         for subject, reason in self.document["skipped"].items():

@@ -4,7 +4,10 @@ import sys
 import time
 
 import forwarders
-from lab import Failure, Lab, Unavailable
+from lab import Failure, Lab, OthersClock, Unavailable
+
+# The share of a CPU that others may have during a turn before it is called disturbed.
+OTHERS_SHARE_MAX = 0.1
 
 
 def say(text):
@@ -47,6 +50,7 @@ def run(result, subjects, rounds, prepare, work):
                 continue
             say(f"round {round_number} of {rounds}: {result.title(key)}")
             began = time.monotonic()
+            others = OthersClock()
             try:
                 with Lab() as lab:
                     prepare(subject, lab)
@@ -64,7 +68,11 @@ def run(result, subjects, rounds, prepare, work):
             except Failure as failure:
                 say(f"  failed: {failure}")
                 result.fail(f"{result.title(key)}, round {round_number}: {failure}")
-            say(f"  {time.monotonic() - began:.0f} s")
+            passed = time.monotonic() - began
+            share = others.seconds() / passed
+            result.count_turn(share > OTHERS_SHARE_MAX, share)
+            say(f"  {passed:.0f} s" + (f", disturbed: others took {share:.0%} of a CPU"
+                                       if share > OTHERS_SHARE_MAX else ""))
     for key in subjects:
         if key in result.document["skipped"]:
             say(f"skipped: {result.title(key)}: {result.document['skipped'][key]}")
