@@ -10,7 +10,9 @@ TITLE = "A system call a packet, batches of them, and io_uring"
 MAY_BE_MISSING = ()
 
 WORKS = [
-    ("tcp", "TCP, 1 flow", "Gb/s"), ("udp", "UDP 1400 B delivered", "Gb/s"), ("small", "UDP 64 B delivered", "frames/s"),
+    ("tcp", "TCP, 1 flow", "Gb/s"),
+    ("udp", "UDP 1400 B delivered", "Gb/s"),
+    ("small", "UDP 64 B delivered", "frames/s"),
 ]
 KINDS = {"syscalls": ("system calls", (1, 8, 64, 256)), "uring": ("io_uring", (1, 2, 4, 8, 16, 32, 64, 128, 256))}
 MEASURES = [
@@ -68,9 +70,9 @@ def work(effort):
         "small": lambda lab: measures.udp(lab, effort, measures.PAYLOAD_BYTES_OF_64_BYTE_FRAME)["datagrams_per_second"],
     }
 
-    def measured(way, lab, probe):
+    def measured(way, lab, turn):
         for key, run_work in runs.items():
-            probe.take((key, key + "_cpu_ns", key + "_enters"), counted, way, lambda: run_work(lab))
+            turn.take((key, key + "_cpu_ns", key + "_enters"), counted, way, lambda: run_work(lab))
     return measured
 
 
@@ -80,7 +82,7 @@ def run(options, effort):
         NAME, TITLE, MEASURES,
         [{"key": each.key, "title": each.title, "kind": each.kind, "batch": each.batch} for each in subjects.values()],
         options.shown(), HOW, [key for key in ("syscalls-1", "uring-64") if key in subjects])
-    rounds.run(result, subjects, options.rounds, forwarders.set_up, work(effort))
+    rounds.run(result, subjects, options.rounds, effort, forwarders.set_up, work(effort))
     result.document["versions"] = {"kernel": forwarders.kernel_version()}
     return result
 

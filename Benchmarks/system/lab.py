@@ -241,21 +241,23 @@ class BusyClock:
 
 
 class OthersClock:
-    """The CPU seconds that others took since the last `seconds()`: programs which are not of this run, from
-    /proc/PID/stat, and other virtual machines ("steal" in /proc/stat).
+    """The CPU seconds that others took since the last `seconds()`: programs that are not of this run, by
+    /proc/PID/stat, and other virtual machines, by what /proc/stat calls steal.
 
     Kernel threads do not count, as they work for the run; a short-lived program counts once its parent took note of
     its end.
     """
 
-    # Beside the processes, by number.
-    STEAL = 0
-
     def __init__(self):
         self.ticks = os.sysconf("SC_CLK_TCK")
-        self.last = self._taken()
+        self.programs = self._programs()
+        self.steal = self._steal()
 
-    def _taken(self):
+    def _steal(self):
+        with open("/proc/stat", encoding="ascii") as file:
+            return int(file.readline().split()[8])
+
+    def _programs(self):
         parents, taken = {}, {}
         for name in os.listdir("/proc"):
             if not name.isdigit():
@@ -268,16 +270,15 @@ class OthersClock:
             parents[int(name)] = int(fields[1])
             # User and system time of it, and of its children that ended.
             taken[int(name)] = sum(map(int, fields[11:15]))
-        strangers = {process: ticks for process, ticks in taken.items() if not _descends(process, parents)}
-        with open("/proc/stat", encoding="ascii") as file:
-            strangers[self.STEAL] = int(file.readline().split()[8])
-        return strangers
+        return {process: ticks for process, ticks in taken.items() if not _descends(process, parents)}
 
     def seconds(self):
-        now = self._taken()
-        passed = sum(max(0, ticks - self.last.get(process, 0)) for process, ticks in now.items())
-        self.last = now
-        return passed / self.ticks
+        """(programs, other machines)"""
+        programs, steal = self._programs(), self._steal()
+        by_programs = sum(max(0, ticks - self.programs.get(process, 0)) for process, ticks in programs.items())
+        by_machines = steal - self.steal
+        self.programs, self.steal = programs, steal
+        return by_programs / self.ticks, by_machines / self.ticks
 
 
 def _descends(process, parents):

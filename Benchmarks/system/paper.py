@@ -82,10 +82,10 @@ SMOKE = tuple(keys())
 
 
 def work(effort):
-    def measured(_mode, lab, probe):
-        probe.take((RTT, "rtt_p50_us", "rtt_p99_us"), measures.round_trip, lab, effort)
-        probe.take((TCP,), lambda: measures.tcp(lab, effort, window="64K")[0])
-        probe.take((UDP,), lambda: measures.udp(lab, effort, measures.UDP_PAYLOAD_BYTES)["delivered"] / 1e9)
+    def measured(_mode, lab, turn):
+        turn.take((RTT, "rtt_p50_us", "rtt_p99_us"), measures.round_trip, lab, effort)
+        turn.take((TCP,), lambda: measures.tcp(lab, effort, window="64K")[0])
+        turn.take((UDP,), lambda: measures.udp(lab, effort, measures.UDP_PAYLOAD_BYTES)["delivered"] / 1e9)
     return measured
 
 
@@ -133,7 +133,8 @@ def verdict(found, rising):
     for index, (_, first) in enumerate(found):
         for _, second in found[index + 1:]:
             best, worst = (first, second) if rising else (second, first)
-            apart = max(apart, best / worst - 1)
+            if best > worst:
+                apart = max(apart, best / worst - 1 if worst > 0 else float("inf"))
     return "yes" if apart == 0 else f"no, by up to {100 * apart:.0f} %"
 
 
@@ -143,7 +144,7 @@ def run(options, effort):
         NAME, TITLE, MEASURES,
         [{"key": each.key, "title": each.title, "group": each.group} for each in subjects.values()],
         options.shown(), HOW, [key for key in ("native", "native" + SHAPED) if key in subjects])
-    rounds.run(result, subjects, options.rounds, forwarders.set_up, work(effort))
+    rounds.run(result, subjects, options.rounds, effort, forwarders.set_up, work(effort))
     result.document["versions"] = {"kernel": forwarders.kernel_version()}
     result.document["tables"] += [
         paper_table(result, "", "free"), paper_table(result, SHAPED, "underlay of 1 Gb/s"), order_table(result)]

@@ -40,16 +40,16 @@ REFERENCES = ("native", "vxlan", "vnetr")
 
 
 def work(effort):
-    def measured(forwarder, lab, probe):
-        probe.take(("rtt_avg_us", "rtt_p50_us", "rtt_p99_us"), measures.round_trip, lab, effort)
-        probe.take(("tcp_gbps", "tcp_cpu_seconds_per_gb"), measures.tcp, lab, effort)
-        probe.take(("tcp4_gbps",), lambda: measures.tcp(lab, effort, flows=4)[0])
-        probe.take(("tcp_window_gbps",), lambda: measures.tcp(lab, effort, window="64K")[0])
-        probe.take(("udp_gbps", "udp_lossless_gbps"), udp, lab, effort)
-        probe.take(("udp_small_fps",), lambda: measures.udp(
+    def measured(forwarder, lab, turn):
+        turn.take(("rtt_avg_us", "rtt_p50_us", "rtt_p99_us"), measures.round_trip, lab, effort)
+        turn.take(("tcp_gbps", "tcp_cpu_seconds_per_gb"), measures.tcp, lab, effort)
+        turn.take(("tcp4_gbps",), lambda: measures.tcp(lab, effort, flows=4)[0])
+        turn.take(("tcp_window_gbps",), lambda: measures.tcp(lab, effort, window="64K")[0])
+        turn.take(("udp_gbps", "udp_lossless_gbps"), udp, lab, effort)
+        turn.take(("udp_small_fps",), lambda: measures.udp(
             lab, effort, measures.PAYLOAD_BYTES_OF_64_BYTE_FRAME)["datagrams_per_second"])
         if forwarder.added_bytes is not None:
-            probe.take(("shaped_share",), measures.shaped_share, lab, effort, forwarder)
+            turn.take(("shaped_share",), measures.shaped_share, lab, effort, forwarder)
     return measured
 
 
@@ -136,7 +136,7 @@ def run(options, effort):
         NAME, TITLE, MEASURES,
         [{"key": each.key, "title": each.title, "group": each.group} for each in subjects.values()],
         options.shown(), HOW, [key for key in REFERENCES if key in subjects])
-    rounds.run(result, subjects, options.rounds, forwarders.set_up, work(effort))
+    rounds.run(result, subjects, options.rounds, effort, forwarders.set_up, work(effort))
     if "vnetr" in subjects:
         result.document["tables"].append(targets_table(result))
     return result

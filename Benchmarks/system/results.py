@@ -65,7 +65,8 @@ class Result:
             "benchmark": name, "title": title, "date": today(), "revision": revision(), "machine": machine(),
             "versions": {}, "options": options, "how": how, "references": list(references), "measures": measures,
             "subjects": subjects, "values": {subject["key"]: {} for subject in subjects}, "skipped": {}, "failures": [],
-            "turns": {"all": 0, "disturbed": 0, "worst_share_of_others": 0.0}, "tables": [],
+            "turns": {"all": 0, "disturbed": 0, "programs_share_max": 0.0, "machines_share_max": 0.0},
+            "tables": [],
         })
 
     @classmethod
@@ -85,12 +86,13 @@ class Result:
     def fail(self, what):
         self.document["failures"].append(what)
 
-    def count_turn(self, is_disturbed, share_of_others):
-        """A subject's turn in a round, during which others took that share of a CPU."""
+    def count_turn(self, turn):
+        """Notes how far others disturbed a turn of rounds.py."""
         turns = self.document["turns"]
         turns["all"] += 1
-        turns["disturbed"] += is_disturbed
-        turns["worst_share_of_others"] = round(max(turns["worst_share_of_others"], share_of_others), 3)
+        turns["disturbed"] += turn.is_disturbed
+        for key, share in (("programs_share_max", turn.programs), ("machines_share_max", turn.machines)):
+            turns[key] = round(max(turns[key], share), 3)
 
     def summarize(self):
         """What readers of the JSON would work out themselves."""
@@ -183,8 +185,9 @@ class Result:
         yield from document["how"]
         turns = document["turns"]
         if turns["disturbed"]:
-            yield f"DISTURBED: during {turns['disturbed']} of {turns['all']} turns others took up to" \
-                  f" {turns['worst_share_of_others']:.0%} of a CPU"
+            yield f"DISTURBED: in {turns['disturbed']} of {turns['all']} turns others took CPU time: programs up to" \
+                  f" {turns['programs_share_max']:.0%}, other virtual machines up to" \
+                  f" {turns['machines_share_max']:.0%} of a CPU"
 
     def remarks(self):
         for subject, reason in self.document["skipped"].items():

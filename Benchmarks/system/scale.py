@@ -139,16 +139,16 @@ def to_all(size, lab, effort):
 
 
 def work(effort):
-    def measured(size, lab, probe):
-        probe.figures.update(start_seconds=size.running["A"].start_seconds, start_mib=size.start_mib)
+    def measured(size, lab, turn):
+        turn.figures.update(start_seconds=size.running["A"].start_seconds, start_mib=size.start_mib)
         if size.dimension == "macs":
-            probe.take(("macs_learned",), teach, size, lab)
-            probe.take(("macs_fps",), to_all, size, lab, effort)
-        probe.take(("rtt_avg_us",), lambda: measures.round_trip(lab, effort)["rtt_avg_us"])
-        probe.take(("tcp_gbps",), lambda: measures.tcp(lab, effort)[0])
-        probe.take(("udp_small_fps",), lambda: measures.udp(
+            turn.take(("macs_learned",), teach, size, lab)
+            turn.take(("macs_fps",), to_all, size, lab, effort)
+        turn.take(("rtt_avg_us",), lambda: measures.round_trip(lab, effort)["rtt_avg_us"])
+        turn.take(("tcp_gbps",), lambda: measures.tcp(lab, effort)[0])
+        turn.take(("udp_small_fps",), lambda: measures.udp(
             lab, effort, measures.PAYLOAD_BYTES_OF_64_BYTE_FRAME)["datagrams_per_second"])
-        probe.take(("end_mib",), lambda: size.running["A"].resident_bytes() / 2**20)
+        turn.take(("end_mib",), lambda: size.running["A"].resident_bytes() / 2**20)
     return measured
 
 
@@ -159,7 +159,7 @@ def run(options, effort):
         NAME, TITLE, MEASURES,
         [{"key": each.key, "title": each.title, "dimension": each.dimension, "count": each.count}
          for each in subjects.values()], options.shown(), HOW)
-    rounds.run(result, subjects, options.rounds, forwarders.set_up, work(effort))
+    rounds.run(result, subjects, options.rounds, effort, forwarders.set_up, work(effort))
     result.document["versions"] = {"kernel": forwarders.kernel_version()}
     return result
 

@@ -99,10 +99,10 @@ def prepare(setting, lab):
 
 
 def work(effort):
-    def measured(_setting, lab, probe):
-        probe.take((RTT,), lambda: measures.round_trip(lab, effort)[RTT])
-        probe.take((TCP, "tcp_cpu_seconds_per_gb"), measures.tcp, lab, effort)
-        probe.take((UDP,), lambda: measures.udp(lab, effort, measures.UDP_PAYLOAD_BYTES)["delivered"] / 1e9)
+    def measured(_setting, lab, turn):
+        turn.take((RTT,), lambda: measures.round_trip(lab, effort)[RTT])
+        turn.take((TCP, "tcp_cpu_seconds_per_gb"), measures.tcp, lab, effort)
+        turn.take((UDP,), lambda: measures.udp(lab, effort, measures.UDP_PAYLOAD_BYTES)["delivered"] / 1e9)
     return measured
 
 
@@ -139,7 +139,7 @@ def run(options, effort):
         if (name in defaults) != (name in SWEEPS):
             why = "tuning.py has no values for it" if name in defaults else "there is no such key"
             result.fail(f"[tuning] {name}: {why}")
-    rounds.run(result, subjects, options.rounds, prepare, work(effort))
+    rounds.run(result, subjects, options.rounds, effort, prepare, work(effort))
     result.document["versions"] = {"kernel": forwarders.kernel_version()}
     result.document["tables"].append(flags_table(result))
     return result
