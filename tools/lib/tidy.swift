@@ -342,7 +342,10 @@ func noUnfinishedWork(_ tree: Tree) -> [String] {
 
 func lineLength(_ tree: Tree) -> [String] {
   let columnsMax = 120
-  return tree.files.filter { $0.isSwift || $0.path.hasPrefix("tools/") || $0.path.hasPrefix(".ci/") }.flatMap { file in
+  let isCode = { (file: File) in
+    file.isSwift || file.path.hasSuffix(".py") || ["tools/", ".ci/"].contains { file.path.hasPrefix($0) }
+  }
+  return tree.files.filter(isCode).flatMap { file in
     file.lines.enumerated().compactMap { index, line in
       line.count > columnsMax ? file.finding(line: index, "\(line.count) columns, over \(columnsMax)") : nil
     }
@@ -413,6 +416,7 @@ let planted: [(path: String, text: String, rule: String, line: Int)] = [
   ("docs/a.md", "fixes iss" + "ue #12\n", "no trace of the workplace", 1),
   ("docs/a.md", "TO" + "DO: more\n", "no unfinished work", 1),
   ("Sources/Control/A.swift", "//" + String(repeating: "é", count: 119) + "\n", "lines fit", 1),
+  ("Benchmarks/a.py", "#" + String(repeating: "é", count: 120) + "\n", "lines fit", 1),
 ]
 
 /// What the rules failed to find, or found where nothing is.

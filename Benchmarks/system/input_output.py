@@ -1,0 +1,100 @@
+"""What batched queues are worth: one system call a packet, batches of system calls, and io_uring."""
+
+import forwarders
+import measures
+import rounds
+from results import Result, measure
+
+NAME = "io"
+TITLE = "A system call a packet, batches of them, and io_uring"
+MAY_BE_MISSING = ()
+
+WORKS = [
+    ("tcp", "TCP, 1 flow", "Gb/s"),
+    ("udp", "UDP 1400 B delivered", "Gb/s"),
+    ("small", "UDP 64 B delivered", "frames/s"),
+]
+KINDS = {"syscalls": ("system calls", (1, 8, 64, 256)), "uring": ("io_uring", (1, 2, 4, 8, 16, 32, 64, 128, 256))}
+MEASURES = [
+    column for key, title, unit in WORKS for column in (
+        measure(key, title, unit, 0 if key == "small" else 2),
+        measure(key + "_cpu_ns", title.removesuffix(" delivered") + ": CPU a frame", "ns", 0, "lower"),
+        measure(key + "_enters", title.removesuffix(" delivered") + ": calls a frame", "", 3, "lower"),
+    )
+]
+HOW = [
+    "Two hosts and a guest on each are network namespaces of this machine; VXLAN over TAP, guests' MTU 1500, underlay's"
+    " 1600; default settings but `--io` and `--batch-frames`.",
+    "One system call a packet: `--io syscalls --batch-frames 1`. Batches of system calls: recvmmsg and sendmmsg.",
+    "Each round sets up, measures and takes down every way once, in turn. TCP and UDP by iperf3, senders unthrottled.",
+    "CPU a frame: CPU time of both forwarders' threads by the frames that came in at both.",
+    "Calls a frame: calls into the kernel of both (the forwarders' counter `enters`) by the same frames.",
+]
+
+
+class Way(forwarders.VnetrForwarder):
+    def __init__(self, kind, batch):
+        self.kind, self.batch = kind, batch
+        title = KINDS[kind][0] + (", one a packet" if kind == "syscalls" and batch == 1 else f", batches of {batch}")
+        super().__init__(f"{kind}-{batch}", title, flags=("--io", kind, "--batch-frames", batch))
+
+
+def ways():
+    return [Way(kind, batch) for kind, (_, batches) in KINDS.items() for batch in batches]
+
+
+def keys():
+    return [way.key for way in ways()]
+
+
+SMOKE = ("syscalls-1", "syscalls-64", "uring-64")
+
+
+def total(way):
+    works = [process.work() for process in way.running.values()]
+    return {key: sum(work[key] for work in works) for key in works[0]}
+
+
+def counted(way, run):
+    """The figure that `run` returns, and what the forwarders spent on it."""
+    before = total(way)
+    figure = run()
+    spent = {key: value - before[key] for key, value in total(way).items()}
+    return figure, spent["cpu_seconds"] * 1e9 / spent["frames"], spent["enters"] / spent["frames"]
+
+
+def work(effort):
+    runs = {
+        "tcp": lambda lab: measures.tcp(lab, effort)[0],
+        "udp": lambda lab: measures.udp(lab, effort, measures.UDP_PAYLOAD_BYTES)["delivered"] / 1e9,
+        "small": lambda lab: measures.udp(lab, effort, measures.PAYLOAD_BYTES_OF_64_BYTE_FRAME)["datagrams_per_second"],
+    }
+
+    def measured(way, lab, turn):
+        for key, run_work in runs.items():
+            turn.take((key, key + "_cpu_ns", key + "_enters"), counted, way, lambda: run_work(lab))
+    return measured
+
+
+def run(options, effort):
+    subjects = {way.key: way for way in ways() if not options.only or way.key in options.only}
+    result = Result.new(
+        NAME, TITLE, MEASURES,
+        [{"key": each.key, "title": each.title, "kind": each.kind, "batch": each.batch} for each in subjects.values()],
+        options.shown(), HOW, [key for key in ("syscalls-1", "uring-64") if key in subjects])
+    rounds.run(result, subjects, options.rounds, effort, forwarders.set_up, work(effort))
+    result.document["versions"] = {"kernel": forwarders.kernel_version()}
+    return result
+
+
+def plot(result):
+    import plots
+    panels = []
+    for column in result.measures:
+        series = {}
+        for subject in result.measured_subjects():
+            three = result.three(subject["key"], column["key"])
+            if three:
+                series.setdefault(KINDS[subject["kind"]][0], []).append((subject["batch"], three))
+        panels.append({"title": plots.label(column), "x": "frames a batch", "base": 2, "series": series})
+    return plots.lines(panels)
