@@ -49,6 +49,18 @@ struct FramesChecksum {
     #expect(InternetChecksum.fold(UInt64.max) == 0xffff)
   }
 
+  @Test("what is longer than any frame, and the extremes of vector code's lanes, sum up right")
+  func extremes() {
+    // Around what one call of the vector code takes, 1 MiB.
+    for length in [1 << 20, (1 << 20) + 47] {
+      for byte: UInt8 in [0x00, 0xff] {
+        let bytes = [UInt8](repeating: byte, count: length)
+        let sum = InternetChecksum.fold(InternetChecksum.sum(bytes.rawBytes))
+        #expect(sum == reference(bytes[...]), "\(length) bytes of \(byte)")
+      }
+    }
+  }
+
   @Test("pseudo-headers sum up as their bytes do, for addresses and lengths of all kinds")
   func pseudoHeaders() {
     var random = FramesRandom(seed: 5)
