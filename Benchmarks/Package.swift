@@ -7,13 +7,14 @@ let package = Package(
   name: "vnetr-benchmarks",
   dependencies: [.package(name: "vnetr", path: "..")],
   targets: [
+    .target(name: "CBench"),
     .executableTarget(
       name: "bench",
-      dependencies: [.product(name: "Datapath", package: "vnetr")],
+      dependencies: ["CBench", .product(name: "Datapath", package: "vnetr")],
       swiftSettings: [
         .strictMemorySafety(),
         .treatAllWarnings(as: .error),
         .enableExperimentalFeature("Lifetimes"),
-      ])
+      ]),
   ]
 )

@@ -1,19 +1,32 @@
+import CBench
 import Datapath
 
-/// The Internet checksum, over what one frame, one full Ethernet frame and one super-frame have.
+/// The Internet checksum, over what one frame, one full Ethernet frame and one super-frame have, beside DPDK's.
 func benchmarkChecksum(_ report: Report) {
-  report.table("Internet checksum", item: "buffer")
   var random = BenchmarkRandom(seed: 3)
-  for (bytes, items) in [(64, 20_000_000), (1_400, 4_000_000), (65_536, 100_000)] {
+  if !report.hasDPDK { report.skip("checksum beside rte_raw_cksum", dpdkIsMissing) }
+  for (bytes, items) in [(20, 40_000_000), (64, 20_000_000), (1_400, 4_000_000), (65_536, 100_000)] {
     let buffer = (0..<bytes).map { _ in UInt8(truncatingIfNeeded: random.next() >> 32) }
     let expected = plainChecksum(buffer)
     var wrong = 0
-    report.measure("\(bytes) bytes", items: items, bytes: bytes) { items in
-      for item in 0..<items {
-        // An initial sum that changes and adds nothing: 0xffff is the other zero.
-        let initial: UInt64 = item & 1 == 0 ? 0 : 0xFFFF
-        let sum = InternetChecksum.sum(unsafe buffer.span.bytes, initial: initial)
-        if InternetChecksum.finish(sum) != expected { wrong += 1 }
+    report.table("Internet checksum of \(bytes) bytes", item: "buffer") { table in
+      if report.hasDPDK {
+        table.measure("rte_raw_cksum", items: items, bytes: bytes) { items in
+          unsafe buffer.withUnsafeBytes { buffer in
+            for item in 0..<items {
+              let sum = UInt32(unsafe cbench_rte_raw_cksum(buffer.baseAddress, bytes)) + (item & 1 == 0 ? 0 : 0xFFFF)
+              if ~UInt16(bigEndian: InternetChecksum.fold(UInt64(sum))) != expected { wrong += 1 }
+            }
+          }
+        }
+      }
+      table.measure("InternetChecksum", items: items, bytes: bytes) { items in
+        for item in 0..<items {
+          // An initial sum that changes and adds nothing: 0xffff is the other zero.
+          let initial: UInt64 = item & 1 == 0 ? 0 : 0xFFFF
+          let sum = InternetChecksum.sum(unsafe buffer.span.bytes, initial: initial)
+          if InternetChecksum.finish(sum) != expected { wrong += 1 }
+        }
       }
     }
     report.check(wrong == 0, "checksum: \(bytes) bytes sum as word by word")
@@ -27,6 +40,8 @@ func benchmarkChecksum(_ report: Report) {
     }
   }
 }
+
+let dpdkIsMissing = "DPDK is not installed: tools/setup --bench"
 
 /// RFC 1071 section 4.1, word by word.
 private func plainChecksum(_ bytes: [UInt8]) -> UInt16 {

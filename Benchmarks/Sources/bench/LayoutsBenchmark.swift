@@ -1,3 +1,4 @@
+import CBench
 import Datapath
 import Glibc
 import Synchronization
@@ -16,9 +17,7 @@ func benchmarkLayouts(_ report: Report) {
       [[.receive, .route], .transmit], [.receive, [.route, .transmit]], [[.receive, .transmit], .route],
     ]
   }
-  if cpus.count < 2 { report.note("layouts: pipelines are left out, there is one CPU") }
-  let sizes = "\(MemoryLayout<Descriptor>.stride) and \(MemoryLayout<RoutedFrame>.stride) bytes"
-  report.note("layouts: rings of received and of routed frames carry items of \(sizes)")
+  if cpus.count < 2 { report.skip("pipelines", "there is one CPU") }
   for egress in [Scene.portOut, Scene.linkOut] {
     for frameBytes in [14 + 20 + 8 + 64, 1_400] {
       guard let scene = Scene(egress: egress, frameBytes: frameBytes) else {
@@ -98,6 +97,7 @@ private struct Share {
   var busyTurns = 0
   var sent = 0
   var interruptions = 0
+  var allocations: UInt64 = 0
 
   /// A turn of at most 64 frames takes some 5 µs: after so long another thread had the core, which says nothing of the
   /// layout. Such turns and their frames are left out.
@@ -113,6 +113,7 @@ private struct Run {
   /// All of them stopped, and every frame and slot is accounted for.
   var holds: Bool
 
+  var allocations: UInt64 { shares.reduce(0) { $0 + $1.allocations } }
   var busyNanosecondsPerFrame: Double { shares.reduce(0) { $0 + $1.nanosecondsPerFrame } }
   var framesPerSecond: Double {
     let longest = shares.map(\.nanoseconds).max() ?? 1
@@ -219,6 +220,7 @@ private final class Seat: @unchecked Sendable {
     var share = Share()
     var start: UInt64 = 0
     var sentBefore: UInt64 = 0
+    var allocationsBefore: UInt64 = 0
     var before = Report.now()
     var framesBefore = frames(counters, ioCounters)
     var thingsBefore = things(counters, ioCounters)
@@ -232,6 +234,7 @@ private final class Seat: @unchecked Sendable {
         if start == 0 {
           start = before
           sentBefore = ioCounters.value(.outFrames)
+          allocationsBefore = cbench_allocations()
         }
         if now &- before > Share.turnNanosecondsMax {
           share.interruptions += 1
@@ -241,6 +244,7 @@ private final class Seat: @unchecked Sendable {
           share.busyTurns += 1
           measured.store(share.frames, ordering: .relaxed)
         }
+        share.allocations = cbench_allocations() &- allocationsBefore
         share.nanoseconds = now &- start
         share.sent = Int(ioCounters.value(.outFrames) &- sentBefore)
       case .over: break
@@ -333,9 +337,8 @@ private func run(_ roles: [Roles], _ scene: Scene, _ cpus: [Int], milliseconds: 
 private func stage(_ roles: Roles) -> Int { roles.contains(.receive) ? 0 : roles.contains(.route) ? 1 : 2 }
 
 private func measure(_ layouts: [[Roles]], _ scene: Scene, _ cpus: [Int], _ report: Report) {
-  // The layouts take turns, so that what else the machine does meets all of them.
   var runs = [[Run]](repeating: [], count: layouts.count)
-  for _ in 0..<report.repetitions {
+  report.table("all three stages in memory, \(scene.name)", item: "frame, of all busy cores") { table in
     for place in layouts.indices {
       guard
         let run = try? run(
@@ -345,24 +348,17 @@ private func measure(_ layouts: [[Roles]], _ scene: Scene, _ cpus: [Int], _ repo
         return report.check(false, "layouts: \(name(layouts[place])): rings and memory are made")
       }
       runs[place].append(run)
+      table.add(name(layouts[place]), run.busyNanosecondsPerFrame, allocations: run.allocations)
     }
   }
-
-  report.table(
-    scene.name, "ns a frame of all busy cores",
-    columns: ["min", "median", "max", "M/s", "per busy", "plain", "per core"]
-  )
-  let fused = median(runs[0].map(\.busyNanosecondsPerFrame))
   let fusedRate = median(runs[0].map(\.framesPerSecond))
   for (layout, runs) in zip(layouts, runs) {
     let isRight = runs.allSatisfy { run in run.holds && run.shares.allSatisfy { $0.frames > 0 } }
     report.check(isRight, "layouts: \(name(layout)): \(scene.name): every frame is sent as it came, none is lost")
-    let costs = runs.map(\.busyNanosecondsPerFrame).sorted()
-    let cost = median(costs)
     let rate = median(runs.map(\.framesPerSecond))
-    let figures = [costs[0], cost, costs[costs.count - 1], rate / 1e6, fused / cost, rate / fusedRate]
-    let values = figures + [rate / fusedRate / Double(layout.count)]
-    report.row(name(layout), values.map { Report.decimal($0, 2) })
+    report.note(
+      "\(name(layout)): \(Report.decimal(rate / 1e6, 2)) M frames/s, \(Report.decimal(rate / fusedRate, 2)) × fused, "
+        + "\(Report.decimal(rate / fusedRate / Double(layout.count), 2)) × a core")
     for (number, roles) in layout.enumerated() {
       let shares = runs.map { $0.shares[number] }
       let core = median(shares.map { Double($0.busyNanoseconds) * 100 / Double(max(1, $0.nanoseconds)) })

@@ -112,8 +112,9 @@ struct MemoryIO: ~Copyable, WorkerIO {
       let message = unsafe pool.message(operation).pointee
       let header = unsafe message.msg_iov[0].iov_len
       let payload = unsafe message.msg_iovlen == 2 ? message.msg_iov[1] : iovec(iov_base: nil, iov_len: 0)
-      let bytes = unsafe [UInt8](UnsafeRawBufferPointer(start: payload.iov_base, count: payload.iov_len))
-      if (header != TapPort.headerBytes && header != VXLANHeader.bytes) || !load.frames.contains(bytes) {
+      let bytes = unsafe UnsafeRawBufferPointer(start: payload.iov_base, count: payload.iov_len)
+      let isFrame = unsafe load.frames.contains { frame in unsafe frame.elementsEqual(bytes) }
+      if (header != TapPort.headerBytes && header != VXLANHeader.bytes) || !isFrame {
         signal.wrongSends.add(1, ordering: .relaxed)
       }
       sendsToCheck -= 1

@@ -1,18 +1,20 @@
+import CBench
 import Datapath
 import Glibc
 
-/// Measures rows, checks results, prints.
+/// Measures tables, checks results, prints, and keeps all of it as JSON.
 final class Report {
   let isSmoke: Bool
   let repetitions: Int
+  /// Whether DPDK's functions may be called.
+  private(set) var hasDPDK = false
   private var checks = 0
   private var failures: [String] = []
-  /// The row that the ratios of a table refer to: its first.
-  private var baseline: Double?
+  private var tables: [Table] = []
+  private var skipped: [(what: String, reason: String)] = []
+  private var versions: [(name: String, version: String)] = []
 
-  /// Items of a row in smoke mode: enough to go round every ring and through every path.
-  private static let smokeItemsMax = 5_000
-  private static let nameWidth = 46
+  fileprivate static let nameWidth = 58
 
   init(isSmoke: Bool, repetitions: Int) {
     self.isSmoke = isSmoke
@@ -29,53 +31,37 @@ final class Report {
     printError("bench: wrong result: \(what)")
   }
 
-  /// Starts a table whose rows count `item`s.
-  func table(_ title: String, item: String) {
-    baseline = nil
-    guard !isSmoke else { return }
-    print("\n\(title)")
-    print(
-      Self.pad("  ns a \(item)", Self.nameWidth)
-        + ["min", "median", "max", "M/s", "ratio"].map { Self.padLeft($0, 9) }.joined())
-  }
-
-  /// Measures a row: `body` handles as many items as it is given. The first run warms up and is not counted.
-  /// - Parameter bytes: of one item; adds the bit rate to the row.
-  func measure(_ name: String, items: Int, bytes: Int? = nil, _ body: (Int) -> Void) {
-    let items = isSmoke ? min(items, Self.smokeItemsMax) : items
-    if !isSmoke { body(max(1, items / 10)) }
-    var times: [Double] = []
-    for _ in 0..<repetitions {
-      let start = Self.now()
-      body(items)
-      times.append(Double(Self.now() - start) / Double(items))
+  /// Measures a table. `rows` is called once to warm up, with a tenth of the items, and then once a repetition: so all
+  /// rows of a table take turns, and what else the machine does meets all of them.
+  /// - Parameter item: what a figure is for.
+  func table(_ title: String, item: String, _ rows: (Table) -> Void) {
+    let table = Table(title, item: item, isSmoke: isSmoke)
+    if !isSmoke { rows(table) }
+    table.isWarm = true
+    for _ in 0..<repetitions { rows(table) }
+    for row in table.rows {
+      check(row.allocations == 0, "\(title): \(row.name): \(row.allocations) allocations")
     }
-    guard !isSmoke else { return }
-    times.sort()
-    let median = times[times.count / 2]
-    if baseline == nil { baseline = median }
-    var line = Self.pad("  \(name)", Self.nameWidth)
-    line += [times[0], median, times[times.count - 1]].map { Self.padLeft(Self.decimal($0, 2), 9) }.joined()
-    line += Self.padLeft(Self.decimal(1_000 / median, 1), 9)
-    line += Self.padLeft(Self.decimal(median / baseline!, 2), 9)
-    if let bytes { line += "  \(Self.decimal(Double(bytes * 8) / median, 1)) Gb/s" }
-    print(line)
+    tables.append(table)
+    if !isSmoke { table.print() }
   }
 
-  /// Starts a table of other columns than `measure` has.
-  func table(_ title: String, _ firstColumn: String, columns: [String]) {
-    guard !isSmoke else { return }
-    print("\n\(title)")
-    row(firstColumn, columns)
+  /// Leaves something out.
+  func skip(_ what: String, _ reason: String) {
+    skipped.append((what, reason))
+    if !isSmoke { print("\n\(what): left out: \(reason)") }
   }
 
-  /// A row of it.
-  func row(_ name: String, _ values: [String]) {
-    guard !isSmoke else { return }
-    print(Self.pad("  \(name)", Self.nameWidth) + values.map { Self.padLeft($0, 9) }.joined())
+  func note(_ text: String) {
+    tables.last?.notes.append(text)
+    if !isSmoke { print("  \(text)") }
   }
 
-  func note(_ text: String) { if !isSmoke { print("  \(text)") } }
+  /// A version that figures depend on.
+  func version(of name: String, _ version: String) {
+    versions.append((name, version))
+    if !isSmoke { print(Self.pad(name, 10) + version) }
+  }
 
   /// Says how it went; the exit code.
   func finish() -> Int32 {
@@ -87,20 +73,49 @@ final class Report {
     return checks > 0 ? 0 : 1
   }
 
+  /// Everything, for other programs. Figures are ns an item, one of each repetition.
+  var json: String {
+    func list<Item>(_ items: [Item], _ text: (Item) -> String) -> String {
+      "[" + items.map(text).joined(separator: ", ") + "]"
+    }
+    let tables = list(tables) { table in
+      let rows = list(table.rows) { row in
+        "{\"name\": \(quoted(row.name)), \"bytes\": \(row.bytes ?? 0), \"allocations\": \(row.allocations), "
+          + "\"ns\": \(list(row.times) { Self.decimal($0, 4) })}"
+      }
+      return "\n{\"title\": \(quoted(table.title)), \"item\": \(quoted(table.item)), "
+        + "\"notes\": \(list(table.notes, quoted)), \"rows\": \(rows)}"
+    }
+    let versions = versions.map { "\(quoted($0.name)): \(quoted($0.version))" }.joined(separator: ", ")
+    return "{\"repetitions\": \(repetitions), \"versions\": {\(versions)}, "
+      + "\"skipped\": \(list(skipped) { "{\"what\": \(quoted($0.what)), \"reason\": \(quoted($0.reason))}" }), "
+      + "\"failures\": \(list(failures, quoted)), \"tables\": \(tables)}\n"
+  }
+
+  private func quoted(_ text: String) -> String {
+    "\"" + text.replacing("\\", with: "\\\\").replacing("\"", with: "\\\"") + "\""
+  }
+
   // MARK: The machine
 
-  func printMachine() {
-    guard !isSmoke else { return }
+  /// Versions come first in what is printed; DPDK is opened for its own.
+  func begin() {
     var names = utsname()
     unsafe uname(&names)
     let release = unsafe withUnsafeBytes(of: &names.release) { bytes in
       unsafe String(decoding: bytes.prefix { $0 != 0 }, as: UTF8.self)
     }
-    print("CPU       \(Self.processorName()), \(ProcessorSet.allowed().count) usable")
-    print("kernel    Linux \(release)")
-    if let text = unsafe getenv("VNETR_BENCH_COMPILER") { print("compiler  \(unsafe String(cString: text))") }
-    if let text = unsafe getenv("VNETR_BENCH_REVISION") { print("revision  \(unsafe String(cString: text))") }
-    print("runs      \(repetitions) of each row, after one to warm up; ratio is to a table's first row")
+    version(of: "CPU", "\(Self.processorName()), \(ProcessorSet.allowed().count) usable")
+    version(of: "kernel", "Linux \(release)")
+    if let text = unsafe getenv("VNETR_BENCH_COMPILER") { version(of: "compiler", unsafe String(cString: text)) }
+    if let text = unsafe getenv("VNETR_BENCH_REVISION") { version(of: "revision", unsafe String(cString: text)) }
+    if let path = unsafe getenv("VNETR_BENCH_DPDK"), unsafe cbench_dpdk_open(path) {
+      hasDPDK = true
+      version(of: "DPDK", unsafe String(cString: cbench_dpdk_version()))
+    }
+    guard !isSmoke else { return }
+    print("runs      \(repetitions) of each row, in turn with the others of its table, after one to warm up")
+    print("speed     how many times as fast as a table's first row")
   }
 
   private static func processorName() -> String {
@@ -128,10 +143,10 @@ final class Report {
 
   // MARK: Text
 
-  private static func pad(_ text: String, _ width: Int) -> String {
+  fileprivate static func pad(_ text: String, _ width: Int) -> String {
     text + String(repeating: " ", count: max(1, width - text.count))
   }
-  private static func padLeft(_ text: String, _ width: Int) -> String {
+  fileprivate static func padLeft(_ text: String, _ width: Int) -> String {
     String(repeating: " ", count: max(1, width - text.count)) + text
   }
   static func decimal(_ value: Double, _ places: Int) -> String {
@@ -141,6 +156,84 @@ final class Report {
     guard places > 0 else { return "\(scaled)" }
     let fraction = String(scaled % scale)
     return "\(scaled / scale)." + String(repeating: "0", count: places - fraction.count) + fraction
+  }
+}
+
+/// Rows that are compared with each other, the first with all others.
+final class Table {
+  struct Row {
+    let name: String
+    /// Of one item.
+    let bytes: Int?
+    /// Nanoseconds an item, one of each repetition.
+    var times: [Double] = []
+    /// In the measured parts of all repetitions.
+    var allocations: UInt64 = 0
+
+    var median: Double { times.sorted()[times.count / 2] }
+  }
+
+  let title: String
+  let item: String
+  fileprivate(set) var rows: [Row] = []
+  fileprivate(set) var notes: [String] = []
+  /// Whether what is measured counts.
+  fileprivate var isWarm = false
+  private let isSmoke: Bool
+
+  /// Items of a row in smoke mode: enough to go round every ring and through every path.
+  private static let smokeItemsMax = 5_000
+
+  fileprivate init(_ title: String, item: String, isSmoke: Bool) {
+    self.title = title
+    self.item = item
+    self.isSmoke = isSmoke
+  }
+
+  /// How many items to handle this time.
+  func items(_ full: Int) -> Int { isSmoke ? min(full, Self.smokeItemsMax) : isWarm ? full : max(1, full / 10) }
+
+  /// Measures a row once: `body` handles as many items as it is given, on this thread.
+  /// - Parameter bytes: of one item; adds the bit rate to the row.
+  @inline(__always)
+  func measure(_ name: String, items full: Int, bytes: Int? = nil, _ body: (Int) -> Void) {
+    let items = items(full)
+    let allocations = cbench_allocations()
+    let start = Report.now()
+    body(items)
+    let end = Report.now()
+    add(
+      name, bytes: bytes, Double(end - start) / Double(items), allocations: cbench_allocations() - allocations)
+  }
+
+  /// Adds what was measured otherwise.
+  func add(_ name: String, bytes: Int? = nil, _ nanoseconds: Double, allocations: UInt64) {
+    guard isWarm else { return }
+    let place =
+      rows.firstIndex { $0.name == name }
+      ?? {
+        rows.append(Row(name: name, bytes: bytes))
+        return rows.count - 1
+      }()
+    rows[place].times.append(nanoseconds)
+    rows[place].allocations += allocations
+  }
+
+  fileprivate func print() {
+    Swift.print("\n\(title)")
+    Swift.print(
+      Report.pad("  ns a \(item)", Report.nameWidth)
+        + ["min", "median", "max", "M/s", "speed", "allocs"].map { Report.padLeft($0, 9) }.joined())
+    for row in rows {
+      let times = row.times.sorted()
+      let values = [
+        Report.decimal(times[0], 2), Report.decimal(row.median, 2), Report.decimal(times[times.count - 1], 2),
+        Report.decimal(1_000 / row.median, 1), Report.decimal(rows[0].median / row.median, 2), "\(row.allocations)",
+      ]
+      let rate = row.bytes.map { "  \(Report.decimal(Double($0 * 8) / row.median, 1)) Gb/s" } ?? ""
+      Swift.print(
+        Report.pad("  \(row.name)", Report.nameWidth) + values.map { Report.padLeft($0, 9) }.joined() + rate)
+    }
   }
 }
 

@@ -1,18 +1,21 @@
+import CBench
 import Glibc
 
 // Microbenchmarks of the data path: what one item costs on this machine, as ratios to compare rather than as figures to
 // quote. tools/bench builds and runs it; the lines below are what it takes.
 
 let usage = """
-  usage: bench [NAME] [--smoke] [--repetitions N]
-    NAME            ring | lookup | checksum | encapsulation | layouts: that one alone
+  usage: bench [PART] [--smoke] [--repetitions N] [--json FILE]
+    PART            ring | checksum | lookup | encapsulation | segmentation | route | layouts: that one alone
     --smoke         few items, once: only checks that results are right; exit code 1 when one is wrong
     --repetitions   how often each row is measured, 1 to 1000; 7 unless given
+    --json          writes all figures to a file too
   """
 
 let benchmarks: [(name: String, run: (Report) -> Void)] = [
-  ("ring", benchmarkRing), ("lookup", benchmarkLookup), ("checksum", benchmarkChecksum),
-  ("encapsulation", benchmarkEncapsulation), ("layouts", benchmarkLayouts),
+  ("ring", benchmarkRing), ("checksum", benchmarkChecksum), ("lookup", benchmarkLookup),
+  ("encapsulation", benchmarkEncapsulation), ("segmentation", benchmarkSegmentation), ("route", benchmarkRoute),
+  ("layouts", benchmarkLayouts),
 ]
 
 func exitWrongUsage(_ what: String) -> Never {
@@ -21,6 +24,7 @@ func exitWrongUsage(_ what: String) -> Never {
 }
 
 var chosen: String?
+var jsonPath: String?
 var isSmoke = false
 var repetitions = 7
 var arguments = CommandLine.arguments.dropFirst()
@@ -32,6 +36,9 @@ while let argument = arguments.popFirst() {
       exitWrongUsage("--repetitions wants a number from 1 to 1000")
     }
     repetitions = number
+  case "--json":
+    guard let path = arguments.popFirst() else { exitWrongUsage("--json wants a file") }
+    jsonPath = path
   case "-h", "--help":
     print(usage)
     exit(0)
@@ -44,6 +51,24 @@ while let argument = arguments.popFirst() {
 }
 
 let report = Report(isSmoke: isSmoke, repetitions: repetitions)
-report.printMachine()
+report.begin()
+report.check(countsAllocations(), "allocations are counted")
 for benchmark in benchmarks where chosen == nil || benchmark.name == chosen { benchmark.run(report) }
+if let jsonPath, !write(report.json, to: jsonPath) {
+  printError("bench: cannot write \(jsonPath)")
+  exit(1)
+}
 exit(report.finish())
+
+/// Whether the counter sees what Swift allocates.
+func countsAllocations() -> Bool {
+  let before = cbench_allocations()
+  let words = [Int](repeating: CommandLine.arguments.count, count: 100)
+  return words.last! > 0 && cbench_allocations() > before
+}
+
+func write(_ text: String, to path: String) -> Bool {
+  guard let file = unsafe fopen(path, "w") else { return false }
+  let isWritten = unsafe fputs(text, file) >= 0
+  return unsafe fclose(file) == 0 && isWritten
+}

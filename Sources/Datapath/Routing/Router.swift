@@ -21,11 +21,16 @@ public struct Router: ~Copyable {
   /// addresses or more in turn.
   public static let cacheEntries = 512
 
+  /// Sources that need not be learned again in this second: a guest talks to many, and for each of them its own MAC
+  /// would be looked up too. 64 of 24 bytes, for a port has few MACs.
+  static let knownSourcesMax = 64
+
   /// The snapshot that the worker forwards by.
   public private(set) var view: SnapshotView
   private var cache: FixedArray<CacheEntry>
   /// Beside each entry of the cache, what rules name if it is more than one target.
   private var cachedTargets: FixedArray<TargetSet>
+  private var knownSources: FixedArray<KnownSource>
   private let cacheEnabled: Bool
   /// By domain, for its limit of floods: when the next flood would be in time.
   private var floodsEarliest: FixedArray<UInt64>
@@ -33,13 +38,14 @@ public struct Router: ~Copyable {
   /// - Parameters:
   ///   - domainCount: how many domains may have a limit of floods, now and in later snapshots; floods of a domain
   ///     whose index is not below it are not limited. Nil: those of this snapshot.
-  ///   - cacheEnabled: false makes every decision anew, for benchmarks and for tests of the cache.
+  ///   - cacheEnabled: false remembers neither decisions nor sources, and makes every decision anew, for benchmarks and for tests of the cache.
   public init(_ view: SnapshotView, domainCount: Int? = nil, cacheEnabled: Bool = true) {
     self.view = view
     self.cacheEnabled = cacheEnabled
     cache = FixedArray(repeating: CacheEntry(), count: Self.cacheEntries)
     cachedTargets = FixedArray(
       repeating: view.floodSet(domain: .none, ingress: .none), count: Self.cacheEntries)
+    knownSources = FixedArray(repeating: KnownSource(), count: Self.knownSourcesMax)
     floodsEarliest = FixedArray(repeating: 0, count: domainCount ?? view.domainCount)
   }
 
@@ -49,6 +55,7 @@ public struct Router: ~Copyable {
     self.view = view
     // Nothing that the old one decided holds: an index may now be another interface.
     for index in 0..<cache.count { cache[index] = CacheEntry() }
+    for index in 0..<knownSources.count { knownSources[index] = KnownSource() }
   }
 
   /// The identifier of a domain, for links; 0 for one that is not there.
@@ -73,6 +80,15 @@ public struct Router: ~Copyable {
       self.learned = learned
     }
   }
+
+  /// How many frames ahead of `decide` a batch's destinations are prefetched: enough for the slowest memory, and few
+  /// enough that the core can keep track of all of them.
+  public static let prefetchFrames = 8
+
+  /// Brings near what `decide` will read of a destination, `prefetchFrames` before its turn: a table that no cache holds
+  /// is then read while other frames are decided.
+  @inline(__always)
+  public func prefetch(destination: UInt64, domain: DomainIndex) { view.macs(of: domain)?.prefetch(destination) }
 
   /// Decides where a frame goes, and learns where it came from.
   /// - Parameters:
@@ -102,17 +118,42 @@ public struct Router: ~Copyable {
         }
       }
     }
-    return limit(decideAnew(key, macs, ingress, domain, generation, now.seconds), domain, frames, now)
+    if cacheEnabled {
+      let location = decideKnown(key, macs, ingress, domain, generation, now.seconds)
+      if location != .none { return Decision(.unicast(location), .known) }
+    }
+    return limit(decideAnew(key, ingress, domain, generation, now.seconds), domain, frames, now)
+  }
+
+  /// The short way of most frames that the cache does not have: from a known source to a known destination elsewhere.
+  /// It decides as `decideAnew` would.
+  /// - Returns: `.none` for all others.
+  @inline(__always)
+  private mutating func decideKnown(
+    _ key: CacheKey, _ macs: MACTable.Reference, _ ingress: InterfaceIndex, _ domain: DomainIndex,
+    _ generation: UInt32, _ nowSeconds: UInt32
+  ) -> InterfaceIndex {
+    let source = knownSources[KnownSource.place(key)]
+    guard source.sourceAndIngress == key.sourceAndIngress, source.generation == generation,
+      source.second == nowSeconds, source.domain == domain, !Self.isGroup(key.destination)
+    else { return .none }
+    let location = macs.lookup(key.destination)
+    guard location != ingress,
+      view.isMember(location, of: domain, links: source.mayLeaveByLinks)
+    else { return .none }
+    remember(Outcome.unicast(location), .known, key, generation, nowSeconds)
+    return location
   }
 
   @inline(never)
   private mutating func decideAnew(
-    _ key: CacheKey, _ macs: MACTable.Reference, _ ingress: InterfaceIndex, _ domain: DomainIndex,
-    _ generation: UInt32, _ nowSeconds: UInt32
+    _ key: CacheKey, _ ingress: InterfaceIndex, _ domain: DomainIndex, _ generation: UInt32, _ nowSeconds: UInt32
   ) -> Decision {
     // A frame that was on its way when its interface left the domain teaches nothing: control is about to remove
     // all that was learned there.
-    guard view.isMember(ingress, of: domain) else { return Decision(.drop(.dropNoDestination), .skipped) }
+    guard view.isMember(ingress, of: domain), let macs = view.macs(of: domain) else {
+      return Decision(.drop(.dropNoDestination), .skipped)
+    }
     if view.isRouted(domain) {
       let decision = Decision(routeByRules(key, ingress, domain), .skipped)
       remember(decision, key, generation, nowSeconds, isByRules: true)
@@ -138,6 +179,11 @@ public struct Router: ~Copyable {
       }
     }
     let decision = Decision(action, learned)
+    if learned == .known || learned == .learned {
+      knownSources[KnownSource.place(key)] = KnownSource(
+        sourceAndIngress: key.sourceAndIngress, generation: generation, second: nowSeconds, domain: domain,
+        mayLeaveByLinks: view.mayLeaveByLinks(from: ingress))
+    }
     // A hit claims that the source is known here and was heard this second: so only what makes that true is cached.
     if learned == .known || learned == .learned { remember(decision, key, generation, nowSeconds, isByRules: false) }
     return decision
@@ -183,9 +229,15 @@ public struct Router: ~Copyable {
       outcome = isByRules ? .routes : .members
       if isByRules { cachedTargets[key.place] = targets }
     }
+    remember(outcome, decision.learned == .learned ? .known : decision.learned, key, generation, nowSeconds)
+  }
+
+  @inline(__always)
+  private mutating func remember(
+    _ outcome: Outcome, _ learned: MACTable.Learned, _ key: CacheKey, _ generation: UInt32, _ nowSeconds: UInt32
+  ) {
     cache[key.place] = CacheEntry(
-      key: key, generation: generation, second: nowSeconds, outcome: outcome,
-      learned: decision.learned == .learned ? .known : decision.learned)
+      key: key, generation: generation, second: nowSeconds, outcome: outcome, learned: learned)
   }
 
   /// Holds what goes to several places against the domain's limit.
@@ -248,5 +300,23 @@ public struct Router: ~Copyable {
     /// `cachedTargets` has them.
     case routes
     case drop(Counter)
+  }
+
+  /// A source that was learned, or known, in a second and under a generation. Second 0 never comes.
+  ///
+  /// Usable from inline for the same reason as `CacheEntry`.
+  @usableFromInline
+  struct KnownSource: BitwiseCopyable {
+    var sourceAndIngress: UInt64 = 0
+    var generation: UInt32 = 0
+    var second: UInt32 = 0
+    var domain = DomainIndex.none
+    /// Of the ingress.
+    var mayLeaveByLinks = false
+
+    @inline(__always)
+    static func place(_ key: CacheKey) -> Int {
+      Int(truncatingIfNeeded: (key.sourceAndIngress &* 0x9E37_79B9_7F4A_7C15) >> 32) & (Router.knownSourcesMax - 1)
+    }
   }
 }

@@ -398,6 +398,15 @@ public struct SnapshotView: BitwiseCopyable, Sendable {
     }
   }
 
+  /// The same for a port, and for a link only if frames may leave by `links`.
+  @inline(__always)
+  func isMember(_ interface: InterfaceIndex, of domain: DomainIndex, links: Bool) -> Bool {
+    guard interface.index < interfaces.count else { return false }
+    let entry = interfaces[interface.index]
+    if entry.kind == .port { return entry.domain == domain }
+    return links && entry.kind == .link && find(Self.membershipKey(interface, domain), in: memberships) != nil
+  }
+
   @inline(__always)
   private func entry(_ interface: InterfaceIndex) -> InterfaceEntry {
     interface.index < interfaces.count ? interfaces[interface.index] : InterfaceEntry()
