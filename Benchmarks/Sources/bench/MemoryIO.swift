@@ -113,7 +113,7 @@ struct MemoryIO: ~Copyable, WorkerIO {
       let header = unsafe message.msg_iov[0].iov_len
       let payload = unsafe message.msg_iovlen == 2 ? message.msg_iov[1] : iovec(iov_base: nil, iov_len: 0)
       let bytes = unsafe UnsafeRawBufferPointer(start: payload.iov_base, count: payload.iov_len)
-      let isFrame = unsafe load.frames.contains { frame in unsafe frame.elementsEqual(bytes) }
+      let isFrame = load.frames.contains { unsafe $0.elementsEqual(bytes) }
       if (header != TapPort.headerBytes && header != VXLANHeader.bytes) || !isFrame {
         signal.wrongSends.add(1, ordering: .relaxed)
       }
