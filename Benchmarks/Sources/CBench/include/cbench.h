@@ -9,6 +9,21 @@
 // How often this thread has asked for memory: malloc and its kin, whoever called them.
 uint64_t cbench_allocations(void);
 
+// ---- The clock ----
+
+// Additions that each wait for the last, one a cycle on any processor: how fast the core really runs.
+static inline void cbench_add(uint64_t additions) {
+  uint64_t sum = 0;
+  for (uint64_t done = 0; done < additions; done += 8)
+    for (int place = 0; place < 8; place++) {
+#if defined(__x86_64__)
+      __asm__ volatile("addq $1, %0" : "+r"(sum));
+#else
+      __asm__ volatile("add %0, %0, #1" : "+r"(sum));
+#endif
+    }
+}
+
 // ---- Numbered words, which show whether any was lost, repeated or changed; the same code for either ring ----
 
 static inline void cbench_number(uint64_t *words, size_t count, uint64_t first) {
