@@ -38,7 +38,8 @@ public struct Router: ~Copyable {
   /// - Parameters:
   ///   - domainCount: how many domains may have a limit of floods, now and in later snapshots; floods of a domain
   ///     whose index is not below it are not limited. Nil: those of this snapshot.
-  ///   - cacheEnabled: false remembers neither decisions nor sources, and makes every decision anew, for benchmarks and for tests of the cache.
+  ///   - cacheEnabled: false remembers neither decisions nor sources and makes every decision anew, for benchmarks and
+  ///     for tests of the cache.
   public init(_ view: SnapshotView, domainCount: Int? = nil, cacheEnabled: Bool = true) {
     self.view = view
     self.cacheEnabled = cacheEnabled
@@ -85,8 +86,8 @@ public struct Router: ~Copyable {
   /// cache has, and 4 to 64 measure alike.
   public static let prefetchFrames = 8
 
-  /// Brings near what `decide` will read of a destination, `prefetchFrames` before its turn: a table that no cache holds
-  /// is then read while other frames are decided.
+  /// Brings near what `decide` will read of a destination, `prefetchFrames` before its turn: a table that no cache
+  /// holds is then read while other frames are decided.
   @inline(__always)
   public func prefetch(destination: UInt64, domain: DomainIndex) { view.macs(of: domain)?.prefetch(destination) }
 
