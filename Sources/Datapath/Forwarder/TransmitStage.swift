@@ -35,7 +35,8 @@ struct TransmitStage: ~Copyable {
     var out: UInt32 = 0
     /// Whether the kernel takes trains on it.
     var takesTrains = true
-    /// The longest datagram that may be in a train: shorter after the kernel refused one, until `refusedSecond` is over.
+    /// The longest datagram that may be in a train: shorter after the kernel refused one, for some time from
+    /// `refusedSecond` on.
     var trainSegmentBytesMax = UInt32.max
     var refusedSecond: UInt32 = 0
   }

@@ -251,8 +251,8 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     case .trainRefusals:
       define(
         "train_refusals", [.worker],
-        "Trains that the kernel refused, whose frames were then sent one by one: the path's MTU fell, or a device cannot "
-          + "make checksums.", unit: "messages")
+        "Trains that the kernel refused, whose frames were then sent one by one: the path's MTU fell, or a device "
+          + "cannot make checksums.", unit: "messages")
     case .modeSwitches:
       define(
         "mode_switches", [.worker], "Switches of adaptive dispatch between sleeping and polling.", unit: "switches")
