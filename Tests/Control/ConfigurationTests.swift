@@ -130,7 +130,11 @@ let least = """
               name: "blue", vni: 42, forwarding: .learning, ageingSeconds: 300, macsMax: 8192,
               floodFramesPerSecondMax: 0)
           ],
-          ports: [.init(name: "vm1", kind: .tap, device: "vm1", domain: "blue", queues: 1, mtuBytes: nil, mac: nil)],
+          ports: [
+            .init(
+              name: "vm1", kind: .tap, device: "vm1", domain: "blue", queues: 1, mtuBytes: nil, offloads: true,
+              mac: nil)
+          ],
           links: [], routes: [], passthroughs: [],
           tuning: .init(
             layout: .auto, cpus: .auto, dispatch: .adaptive, yield: .adaptive, io: .auto, ringEntries: 256,
@@ -344,9 +348,6 @@ extension String {
     Mistake(
       "name = \"vm1\"", "name = \"vm1\"\nsocket = \"/run/x\"",
       "port[0].socket: it is not supported yet by this version; leave it out"),
-    Mistake(
-      "name = \"vm1\"", "name = \"vm1\"\noffloads = true",
-      "port[0].offloads: true is not supported yet by this version; use false"),
   ]
 
   static let typesAndRanges = [

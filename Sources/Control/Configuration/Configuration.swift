@@ -76,6 +76,8 @@ public struct Configuration: Equatable, Sendable {
     public var queues: Int
     /// The device's MTU; nil: the underlay's less the encapsulation, found out at start.
     public var mtuBytes: Int?
+    /// Whether super-frames are taken from and given to the guest.
+    public var offloads: Bool
     /// The guest's address, by which the VNET/P control language names an interface; no two ports have the same.
     public var mac: MACAddress?
   }

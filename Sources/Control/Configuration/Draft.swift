@@ -465,7 +465,7 @@ extension Draft {
         return Configuration.Port(
           name: name, kind: fields.word("kind"), device: fields.string("device") ?? name,
           domain: domain(of: fields), queues: fields.known("queues", Fields.integer),
-          mtuBytes: fields.integer("mtu"), mac: mac)
+          mtuBytes: fields.integer("mtu"), offloads: fields.known("offloads", Fields.boolean), mac: mac)
       },
       links: zip(links, ends.remotes).map { fields, remote in
         guard let remote else { preconditionFailure("a link without a remote was not reported") }

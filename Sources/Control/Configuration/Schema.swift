@@ -232,8 +232,8 @@ public enum Schema {
           + "over IPv6), 42 (VNET/P over IPv4) or 62 (VNET/P over IPv6)"),
       "The device's MTU in bytes; at most \(mtuBytesMaxVXLAN) where a VXLAN link is in the domain."),
     KeyDefinition(
-      .port, "offloads", .boolean, default: .value(.boolean(false)), later: [.boolean(true)],
-      "Whether super-frames and frames without checksums are taken from and given to the guest."),
+      .port, "offloads", .boolean, default: .value(.boolean(true)),
+      "Whether super-frames are given to the guest, and taken from a TAP's with unfinished checksums (TSO, USO)."),
 
     KeyDefinition(
       .link, "name", .string("name"), default: .required,

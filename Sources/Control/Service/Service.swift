@@ -190,7 +190,7 @@ public final class Service {
       return .tap(
         try TapDevice.open(
           name: configured.device, queues: configured.queues, mtuBytes: ports[port].mtuBytes,
-          mac: plan.mac(port: port, node: configuration.node.name), retries: retries))
+          mac: plan.mac(port: port, node: configuration.node.name), offloads: configured.offloads, retries: retries))
     case .packet: return .packet(try PacketDevice.open(name: configured.device, queues: configured.queues))
     }
   }
@@ -331,6 +331,7 @@ public final class Service {
   private func record(ofPort port: Int, at worker: Int) -> InterfaceRecord {
     InterfaceRecord(
       plan.ports[port].kind.record, laneFirst: plan.lane(port: port), laneCount: 1, mtuBytes: ports[port].mtuBytes,
+      takesSuperFrames: plan.ports[port].offloads,
       counters: interfaceCounters[worker][plan.interface(port: port).index].writer)
   }
 

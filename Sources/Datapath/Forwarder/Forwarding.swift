@@ -15,16 +15,19 @@ public struct InterfaceRecord: BitwiseCopyable, Sendable {
   public var laneCount: UInt32
   /// The longest frame that it takes, in bytes from the destination MAC on; longer ones are dropped as too big.
   public var frameBytesMax: UInt32
+  /// Whether super-frames leave by it whole: a port whose other side cuts them or takes them as they are.
+  public var takesSuperFrames: Bool
   public var counters: CounterBlock.Writer
 
   /// - Parameter mtuBytes: the longest payload; the Ethernet header and two VLAN tags come on top, as a switch allows.
   public init(
     _ kind: Kind, laneFirst: Int, laneCount: Int, mtuBytes: Int = FrameMemory.payloadBytesMax,
-    counters: CounterBlock.Writer
+    takesSuperFrames: Bool = true, counters: CounterBlock.Writer
   ) {
     self.kind = kind
     self.laneFirst = UInt32(laneFirst)
     self.laneCount = UInt32(laneCount)
+    self.takesSuperFrames = takesSuperFrames && !kind.isLink
     frameBytesMax = UInt32(mtuBytes + EthernetHeader.bytes + 2 * VLANTag.bytes)
     self.counters = counters
   }

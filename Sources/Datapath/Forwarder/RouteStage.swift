@@ -9,8 +9,8 @@
 ///    passthrough port goes to the other end of its wire.
 /// 5. The frame goes on with its target; or it ends here, counted.
 ///
-/// A received train is several datagrams in one slot: each goes this way by itself, and those that follow each other and
-/// go the same way leave as one run.
+/// A received train is several datagrams in one slot: each goes this way by itself, and those that follow each other
+/// and go the same way leave as one run.
 struct RouteStage: ~Copyable {
   /// Datagrams of one train at most: no kernel makes longer ones (UDP_MAX_SEGMENTS, linux/udp.h).
   static let trainFramesMax = 128

@@ -96,21 +96,21 @@ struct TransmitStage: ~Copyable {
     join(index, descriptor, egress, Self.header(record.kind, vni), &memory, counters)
   }
 
-  /// A super-frame goes whole to a port, whose other side cuts it or takes it as it is, and to a link as its segments,
-  /// which join one lane in order. Its length is judged by the longest of them.
+  /// A super-frame goes whole to a port that takes it, and else as its segments, which join one lane in order.
+  /// Its length is judged by the longest of them.
   @inline(never)
   private mutating func enqueueSuperFrame(
     _ descriptor: Descriptor, _ vni: UInt32, _ egress: InterfaceIndex, _ canHoldBack: Bool,
     _ memory: inout FrameMemory, _ counters: borrowing CounterTable
   ) {
     let record = counters[egress]
-    guard let whole = superFrame(descriptor, mustBeInOnePiece: record.kind.isLink, memory) else {
+    guard let whole = superFrame(descriptor, mustBeInOnePiece: !record.takesSuperFrames, memory) else {
       // Whoever sent it is to blame, not where it would go: it was never offered here.
       return drop(.dropBadOffload, descriptor, descriptor.ingress, &memory, counters)
     }
     let longest = UInt32(truncatingIfNeeded: whole.segmentBytesMax)
     guard let index = lane(for: descriptor, longest, egress, record, canHoldBack, &memory, counters) else { return }
-    if record.kind.isLink {
+    if !record.takesSuperFrames {
       joinSegments(of: whole, index, descriptor, egress, Self.header(record.kind, vni), &memory, counters)
     } else {
       var offload = descriptor.offload
@@ -138,7 +138,7 @@ struct TransmitStage: ~Copyable {
         break
       }
       memory.hold(run.descriptor.buffer, adding: 1)
-      let joined = record.kind.isLink ? 1 : joinFrames(of: run, from: number, index, egress, &memory)
+      let joined = record.takesSuperFrames ? joinFrames(of: run, from: number, index, egress, &memory) : 1
       if joined == 1 { join(index, run.frame(number), egress, header, &memory, counters) }
       number += joined
     }
