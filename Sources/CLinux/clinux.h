@@ -15,6 +15,7 @@
 #include <linux/if_ether.h>
 #include <linux/if_packet.h>
 #include <linux/if_tun.h>
+#include <linux/rtnetlink.h>
 #include <net/if.h>
 #include <net/if_arp.h>
 #include <poll.h>
@@ -236,6 +237,32 @@ static inline int clinux_tap_attach(int fd, const char *name, int is_multi_queue
   request.ifr_flags = (short)(CLINUX_TAP_FLAGS | (is_multi_queue ? IFF_MULTI_QUEUE : 0));
   return ioctl(fd, TUNSETIFF, &request);
 }
+// Sets the longest super-frame that the stack makes for a device (IFLA_GSO_MAX_SIZE, linux/if_link.h), by rtnetlink.
+static inline int clinux_device_set_super_frame_bytes(const char *name, unsigned bytes) {
+  struct {
+    struct nlmsghdr header;
+    struct ifinfomsg link;
+    struct rtattr attribute;
+    unsigned value;
+  } request = {.header = {.nlmsg_len = sizeof request, .nlmsg_type = RTM_SETLINK, .nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK},
+               .link = {.ifi_family = AF_UNSPEC, .ifi_index = (int)if_nametoindex(name)},
+               .attribute = {.rta_len = RTA_LENGTH(sizeof(unsigned)), .rta_type = IFLA_GSO_MAX_SIZE},
+               .value = bytes};
+  struct {
+    struct nlmsghdr header;
+    struct nlmsgerr answer;
+    char rest[256];
+  } reply;
+  int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
+  if (fd < 0) return -1;
+  ssize_t length = send(fd, &request, sizeof request, 0);
+  if (length >= 0) length = recv(fd, &reply, sizeof reply, 0);
+  int error = length < 0 ? errno : length < (ssize_t)NLMSG_LENGTH(sizeof reply.answer) ? EBADMSG : -reply.answer.error;
+  close(fd);
+  errno = error;
+  return error == 0 ? 0 : -1;
+}
+
 #define CLINUX_TUN_F_USO4 0x20  // linux/if_tun.h since 6.2
 #define CLINUX_TUN_F_USO6 0x40
 static inline int clinux_tap_set_header_bytes(int fd, int bytes) { return ioctl(fd, TUNSETVNETHDRSZ, &bytes); }

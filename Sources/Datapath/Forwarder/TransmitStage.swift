@@ -33,8 +33,8 @@ struct TransmitStage: ~Copyable {
     var count: UInt32 = 0
     /// How many messages of them are out.
     var out: UInt32 = 0
-    /// Whether the kernel takes trains on it.
-    var takesTrains = true
+    /// Datagrams of one train: fewer where the kernel takes no longer ones (64 before 6.9).
+    var trainFramesMax = UInt32(SendPool.trainFramesMax)
     /// The longest datagram that may be in a train: shorter after the kernel refused one, for some time from
     /// `refusedSecond` on.
     var trainSegmentBytesMax = UInt32.max
@@ -133,7 +133,7 @@ struct TransmitStage: ~Copyable {
     // Each send holds the slot once, beside the run itself until all are queued.
     var number = 0
     while number < run.count {
-      guard lanes[index].count < UInt32(Self.laneFramesMax) else {
+      guard lanes[index].count < UInt32(Self.laneFramesMax), mayWait(index) else {
         countRest(of: run, from: number, .dropQueueFull, egress, counters)
         break
       }
@@ -158,7 +158,7 @@ struct TransmitStage: ~Copyable {
   private mutating func joinFrames(
     of run: TrainRun, from number: Int, _ index: Int, _ egress: InterfaceIndex, _ memory: inout FrameMemory
   ) -> Int {
-    guard number + 1 < run.count, let rest = run.from(number),
+    guard number + 1 < run.count, pool.mayJoin, let rest = run.from(number),
       var joined = Coalescer(memory.head(of: rest.frame(0)))
     else { return 1 }
     while joined.frameCount < rest.count, !joined.isComplete,
@@ -212,7 +212,7 @@ struct TransmitStage: ~Copyable {
       } else {
         switch lanes[index].state {
         // A full socket may keep frames back only while receives have slots left.
-        case .blocked where !canHoldBack: reason = .dropQueueFull
+        case .blocked where !canHoldBack || !mayWait(index): reason = .dropQueueFull
         case .open, .blocked:
           if lanes[index].count < UInt32(Self.laneFramesMax) { return index }
           reason = .dropQueueFull
@@ -222,6 +222,12 @@ struct TransmitStage: ~Copyable {
     }
     drop(reason, descriptor, egress, &memory, counters)
     return nil
+  }
+
+  /// Whether a full lane may keep another frame: half of the operations are for the other lanes.
+  @inline(__always)
+  private func mayWait(_ index: Int) -> Bool {
+    lanes[index].state != .blocked || pool.usedCount <= pool.count / 2
   }
 
   /// A frame joins the queue of a lane, with `header` before it.
@@ -335,9 +341,9 @@ struct TransmitStage: ~Copyable {
     var operation = Int(lane.head)
     var count = 0
     while left > 0, count < most {
-      if lane.takesTrains {
-        pool.formTrain(from: operation, upTo: left, lane.kind, segmentBytesMax: lane.trainSegmentBytesMax)
-      }
+      pool.formTrain(
+        from: operation, upTo: min(left, Int(lane.trainFramesMax)), lane.kind,
+        segmentBytesMax: lane.trainSegmentBytesMax)
       left -= pool.messageFrames(operation)
       operation = pool.nextMessage(operation)
       count += 1
@@ -357,6 +363,7 @@ struct TransmitStage: ~Copyable {
     precondition(event.count <= lanes[index].out, "more messages were sent than were out")
     let unsent = lanes[index].out - event.count
     lanes[index].out = 0
+    var framesRefused = 1
     for _ in 0..<event.count {
       let frames = pool.messageFrames(Int(lanes[index].head))
       if frames > 1 { counters.countTrain(frames) }
@@ -371,10 +378,13 @@ struct TransmitStage: ~Copyable {
     var report: Report?
     var wasTrain = false
     if unsent > 0 {
-      wasTrain = event.error != 0 && Self.isRefusal(event.error) && refuseTrain(index, counters)
+      framesRefused = pool.messageFrames(Int(lanes[index].head))
+      wasTrain = framesRefused > 1 && Self.isRefusal(event.error) && refuseTrain(index, event.error, counters)
       dissolve(index, unsent)
     }
-    if event.error != 0 && !wasTrain { report = failed(index, event.error, &io, &memory, counters) }
+    if event.error != 0 && !wasTrain {
+      report = failed(index, event.error, framesRefused, &io, &memory, counters)
+    }
     if lanes[index].state == .closing {
       empty(index, lanes[index].closingReason, &memory, counters)
       return close(index, &io)
@@ -383,19 +393,31 @@ struct TransmitStage: ~Copyable {
     return report
   }
 
+  /// UDP_MAX_SEGMENTS before Linux 6.9.
+  private static let trainFramesMaxOfOldKernels = 64
+
   /// Errors by which the kernel refuses a train and may take its datagrams: longer than the path's MTU (EMSGSIZE;
   /// EINVAL where the socket may fragment), or a device that cannot make the checksums (EIO, EOPNOTSUPP).
   private static func isRefusal(_ error: Int32) -> Bool {
     error == EMSGSIZE || error == EINVAL || error == EIO || error == EOPNOTSUPP
   }
 
-  /// If a train is at the head of a lane, its datagrams go one by one, and for some time no train is made of any that
-  /// are as long; false if it is none.
-  private mutating func refuseTrain(_ index: Int, _ counters: borrowing CounterTable) -> Bool {
+  /// The datagrams of the train at the head of a lane go one by one, and for some time no train is made of any that are
+  /// as long. Always true.
+  private mutating func refuseTrain(_ index: Int, _ error: Int32, _ counters: borrowing CounterTable) -> Bool {
     let first = Int(lanes[index].head)
     let frames = pool.messageFrames(first)
-    guard frames > 1 else { return false }
+    if error == EMSGSIZE, !pool[first].wasResent {
+      // Perhaps of an earlier datagram that a router found too long, which a connected socket tells once.
+      pool[first].wasResent = true
+      counters.worker.add(.resends)
+      return true
+    }
     counters.worker.add(.trainRefusals)
+    if error == EINVAL, frames > Self.trainFramesMaxOfOldKernels {
+      lanes[index].trainFramesMax = UInt32(Self.trainFramesMaxOfOldKernels)
+      return true
+    }
     lanes[index].trainSegmentBytesMax = pool[first].bytes - 1
     lanes[index].refusedSecond = max(1, lastFlushSecond)
     var operation = first
@@ -417,9 +439,9 @@ struct TransmitStage: ~Copyable {
     }
   }
 
-  /// What stopped a chain; the frame that it stopped at is at the head of the lane's queue.
+  /// What stopped a chain; the frames that it stopped at, of one message, are at the head of the lane's queue.
   private mutating func failed(
-    _ index: Int, _ error: Int32, _ io: inout some WorkerIO & ~Copyable, _ memory: inout FrameMemory,
+    _ index: Int, _ error: Int32, _ frames: Int, _ io: inout some WorkerIO & ~Copyable, _ memory: inout FrameMemory,
     _ counters: borrowing CounterTable
   ) -> Report? {
     let operation = Int(lanes[index].head)
@@ -455,7 +477,7 @@ struct TransmitStage: ~Copyable {
       default: isDeviceGone ? .dropInterfaceDown : .dropSendFailed
       }
     guard isDeviceGone else {
-      dropHead(index, reason, &memory, counters)
+      for _ in 0..<frames { dropHead(index, reason, &memory, counters) }
       return nil
     }
     empty(index, reason, &memory, counters)

@@ -305,13 +305,16 @@ struct Inlet<Frame: Crosses>: ~Copyable {
   mutating func isEmpty() -> Bool { ring.isEmpty() }
 
   /// Appends up to `most` frames to `batch`, which has room; returns how many. The frames of one slot that cross
-  /// together are taken over together, where the batch has room for them.
+  /// together are taken over together.
   @inline(__always)
   mutating func take(
     _ most: Int, by own: Int, _ memory: inout FrameMemory, _ counters: borrowing CounterTable,
     into batch: inout Batch<Frame>
   ) -> Int {
-    let ready = ring.ready(min(most + RouteStage.trainFramesMax, batch.room))
+    // Room for the whole of what crosses together with the last.
+    let most = min(most, batch.room - RouteStage.trainFramesMax)
+    guard most > 0 else { return 0 }
+    let ready = ring.ready(most + RouteStage.trainFramesMax)
     guard ready > 0 else { return 0 }
     var takenOver = CrossingCount(.takenOverFrames)
     var count = 0

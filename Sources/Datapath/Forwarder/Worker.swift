@@ -310,7 +310,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     clock = TurnClock(nanoseconds: now &- startNanoseconds)
     count()
     if state != .running { return drainFurther(now) }
-    let (wait, yields) = dispatch.next(now: now, frames: frames, didWork: !isIdle)
+    let (wait, yields) = dispatch.next(now: now, frames: wireFrames, didWork: !isIdle)
     self.wait = wait
     if yields { io.yieldProcessor() }
     if dispatch.isPolling != wasPolling {
@@ -324,6 +324,15 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   private var frames: Int {
     if roles.contains(.route) { return received.count }
     return (roles.contains(.receive) ? received.count : 0) + (roles.contains(.transmit) ? routedFrames : 0)
+  }
+
+  /// The same as they are on the wire: the rate that dispatch goes by.
+  @inline(__always)
+  private var wireFrames: Int {
+    guard roles.contains(.route) || roles.contains(.receive) else { return routedFrames }
+    var sum = 0
+    for place in 0..<received.count { sum += Int(received[place].wireFrames) }
+    return sum
   }
 
   @inline(__always)

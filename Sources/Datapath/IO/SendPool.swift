@@ -199,6 +199,10 @@ public struct SendPool: ~Copyable, @unchecked Sendable {
     records[operation].trainFrames = 1
   }
 
+  /// Whether received frames may be joined now: half of the gathers are for trains.
+  @inline(__always)
+  public var mayJoin: Bool { freeCount > 0 && freeGatherCount > gatherCount / 2 }
+
   /// Fills in an operation with a super-frame made of frames that came in one train: its own headers, and the payloads
   /// where they lie.
   /// - Parameters:

@@ -173,6 +173,14 @@ public struct TapDevice: Sendable {
     return EBUSY
   }
 
+  /// The longest super-frame whose segments fit one train of a VXLAN link, each with all its headers.
+  static func superFrameBytes(mtuBytes: Int) -> Int {
+    let datagramBytes = mtuBytes + EthernetHeader.bytes + VLANTag.bytes + VXLANHeader.bytes
+    let segments = max(1, SendPool.trainBytesMax / datagramBytes)
+    // Of a segment at least 40 bytes are headers, and the kernel leaves some more than the difference free.
+    return min(segments * max(1, mtuBytes - 40), 65_536)
+  }
+
   private static func configure(_ name: String, _ mtuBytes: Int, _ mac: MACAddress) throws(PortError) {
     let control = socket(AF_INET, Int32(SOCK_DGRAM.rawValue) | Int32(SOCK_CLOEXEC.rawValue), 0)
     defer { Glibc.close(control) }
@@ -185,6 +193,8 @@ public struct TapDevice: Sendable {
     guard unsafe clinux_device_set_mac(control, name, bytes) == 0 else {
       throw PortError(doing: "give \(name) the MAC address \(mac)", number: errno, remedy: "see `dmesg`")
     }
+    // One super-frame becomes one train, with its headers. Where the kernel cannot be told, some become two.
+    _ = unsafe clinux_device_set_super_frame_bytes(name, UInt32(superFrameBytes(mtuBytes: mtuBytes)))
     guard unsafe clinux_device_set_up(control, name) == 0 else {
       throw PortError(doing: "bring \(name) up", number: errno, remedy: "run as root or with CAP_NET_ADMIN")
     }
