@@ -373,7 +373,7 @@ private func measure(_ layouts: [[Roles]], _ scene: Scene, _ cpus: [Int], _ repo
 }
 
 private func name(_ layout: [Roles]) -> String {
-  layout == [.all] ? "fused" : layout.map(\.description).joined(separator: " | ")
+  layout == [.all] ? "fused" : layout.map(\.description).joined(separator: " → ")
 }
 
 private func median(_ values: [Double]) -> Double { values.sorted()[values.count / 2] }

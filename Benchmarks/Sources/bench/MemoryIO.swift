@@ -101,25 +101,29 @@ struct MemoryIO: ~Copyable, WorkerIO {
   mutating func send(_ lane: Int, first: Int, count: Int, _ pool: borrowing SendPool) {
     chains[chainCount] = Chain(lane: UInt32(truncatingIfNeeded: lane), count: UInt32(truncatingIfNeeded: count))
     chainCount += 1
-    if sendsToCheck > 0 { check(first, count, pool) }
+    var message = first
+    for _ in 0..<count {
+      counters.add(.outFrames, pool.messageFrames(message))
+      if sendsToCheck > 0 { check(message, pool) }
+      message = pool.nextMessage(message)
+    }
   }
 
-  /// Whether what a kernel would read is a header and one of the frames.
+  /// Whether what a kernel would read is, once or for each frame of a train, a header and one of the frames.
   @inline(never)
-  private mutating func check(_ first: Int, _ count: Int, _ pool: borrowing SendPool) {
-    var operation = first
-    for _ in 0..<count {
-      let message = unsafe pool.message(operation).pointee
-      let header = unsafe message.msg_iov[0].iov_len
-      let payload = unsafe message.msg_iovlen == 2 ? message.msg_iov[1] : iovec(iov_base: nil, iov_len: 0)
+  private mutating func check(_ first: Int, _ pool: borrowing SendPool) {
+    let message = unsafe pool.message(first).pointee
+    let frames = pool.messageFrames(first)
+    var isRight = unsafe message.msg_iovlen == 2 * frames
+    for frame in 0..<(isRight ? frames : 0) {
+      let header = unsafe message.msg_iov[2 * frame].iov_len
+      let payload = unsafe message.msg_iov[2 * frame + 1]
       let bytes = unsafe UnsafeRawBufferPointer(start: payload.iov_base, count: payload.iov_len)
       let isFrame = load.frames.contains { unsafe $0.elementsEqual(bytes) }
-      if (header != TapPort.headerBytes && header != VXLANHeader.bytes) || !isFrame {
-        signal.wrongSends.add(1, ordering: .relaxed)
-      }
-      sendsToCheck -= 1
-      operation = pool.nextMessage(operation)
+      isRight = isRight && isFrame && (header == TapPort.headerBytes || header == VXLANHeader.bytes)
     }
+    if !isRight { signal.wrongSends.add(1, ordering: .relaxed) }
+    sendsToCheck -= 1
   }
 
   mutating func collect(_ wait: Wait, _ memory: inout FrameMemory, into events: inout EventBatch) {
@@ -131,7 +135,6 @@ struct MemoryIO: ~Copyable, WorkerIO {
     for place in 0..<chainCount {
       var event = IOEvent(.sent, Int(chains[place].lane))
       event.count = chains[place].count
-      counters.add(.outFrames, Int(event.count))
       events.append(event)
     }
     chainCount = 0

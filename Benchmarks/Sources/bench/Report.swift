@@ -33,12 +33,14 @@ final class Report {
 
   /// Measures a table. `rows` is called once to warm up, with a tenth of the items, and then once a repetition: so all
   /// rows of a table take turns, and what else the machine does meets all of them.
-  /// - Parameter item: what a figure is for.
-  func table(_ title: String, item: String, _ rows: (Table) -> Void) {
+  /// - Parameters:
+  ///   - item: what a figure is for.
+  ///   - rounds: how often a repetition goes through the rows, where figures vary more than elsewhere.
+  func table(_ title: String, item: String, rounds: Int = 1, _ rows: (Table) -> Void) {
     let table = Table(title, item: item, isSmoke: isSmoke)
     if !isSmoke { rows(table) }
     table.isWarm = true
-    for _ in 0..<repetitions { rows(table) }
+    for _ in 0..<(isSmoke ? 1 : repetitions * rounds) { rows(table) }
     for row in table.rows {
       check(row.allocations == 0, "\(title): \(row.name): \(row.allocations) allocations")
     }

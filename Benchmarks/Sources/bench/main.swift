@@ -54,7 +54,7 @@ let report = Report(isSmoke: isSmoke, repetitions: repetitions)
 report.begin()
 report.check(countsAllocations(), "allocations are counted")
 report.table("the core's clock", item: "cycle") { table in
-  table.measure("additions that wait for each other", items: 100_000_000) { items in cbench_add(UInt64(items)) }
+  table.measure("rotations that wait for each other", items: 100_000_000) { items in cbench_rotate(UInt64(items)) }
 }
 for benchmark in benchmarks where chosen == nil || benchmark.name == chosen { benchmark.run(report) }
 if let jsonPath, !write(report.json, to: jsonPath) {

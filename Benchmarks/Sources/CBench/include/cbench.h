@@ -11,15 +11,15 @@ uint64_t cbench_allocations(void);
 
 // ---- The clock ----
 
-// Additions that each wait for the last, one a cycle on any processor: how fast the core really runs.
-static inline void cbench_add(uint64_t additions) {
-  uint64_t sum = 0;
-  for (uint64_t done = 0; done < additions; done += 8)
+// Rotations that each wait for the last, one a cycle: how fast the core really runs.
+static inline void cbench_rotate(uint64_t rotations) {
+  uint64_t word = 1;
+  for (uint64_t done = 0; done < rotations; done += 8)
     for (int place = 0; place < 8; place++) {
 #if defined(__x86_64__)
-      __asm__ volatile("addq $1, %0" : "+r"(sum));
+      __asm__ volatile("rorq $1, %0" : "+r"(word));
 #else
-      __asm__ volatile("add %0, %0, #1" : "+r"(sum));
+      __asm__ volatile("ror %0, %0, #1" : "+r"(word));
 #endif
     }
 }
