@@ -5,7 +5,7 @@ import pathlib
 import statistics
 import sys
 
-from results import Result, measure, number
+from results import Result, measure, number, wrapped
 
 NAME = "micro"
 TITLE = "Microbenchmarks"
@@ -83,15 +83,6 @@ def plot(made):
         axis.set_title("\n".join(wrapped(f"{each['title']}, {each['columns'][0]}", 60)), fontsize=7, loc="left")
     figure.tight_layout()
     return figure
-
-
-def wrapped(text, width):
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines
 
 
 def main():

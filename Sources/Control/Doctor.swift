@@ -161,8 +161,8 @@ public enum Doctor {
     items.append(DoctorItem("TAP device", "can be made", .ok, cost: "no TAP port"))
     let segmentation = UInt(TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6)
     let hasTCP = clinux_tap_set_offloads(descriptor, segmentation) == 0
-    // TUN_F_USO4 and TUN_F_USO6 (kernel 6.2), newer than some headers.
-    let hasUDP = clinux_tap_set_offloads(descriptor, segmentation | 0x20 | 0x40) == 0
+    let datagrams = UInt(CLINUX_TUN_F_USO4 | CLINUX_TUN_F_USO6)
+    let hasUDP = clinux_tap_set_offloads(descriptor, segmentation | datagrams) == 0
     items += [
       DoctorItem(
         "TAP TCP offloads", hasTCP ? "yes" : "no", hasTCP ? .ok : .absent,

@@ -12,8 +12,8 @@
 /// A received train is several datagrams in one slot: each goes this way by itself, and those that follow each other
 /// and go the same way leave as one run.
 struct RouteStage: ~Copyable {
-  /// Datagrams of one train at most: no kernel makes longer ones (UDP_MAX_SEGMENTS, linux/udp.h).
-  static let trainFramesMax = 128
+  /// Datagrams of one received train at most: no kernel makes longer ones than it sends.
+  static var trainFramesMax: Int { SendPool.trainFramesMax }
   private var router: Router
 
   /// - Parameter domainCount: how many domains there may be, now and in later snapshots; nil: those of this one.
