@@ -41,7 +41,7 @@ public struct CounterTable: ~Copyable {
   public let underlay: CounterBlock.Writer
   private let nobody = CounterBlock()
 
-  init(interfaceCount: Int, domainCount: Int, worker: CounterBlock.Writer, underlay: CounterBlock.Writer) {
+  package init(interfaceCount: Int, domainCount: Int, worker: CounterBlock.Writer, underlay: CounterBlock.Writer) {
     self.worker = worker
     self.underlay = underlay
     interfaces = FixedArray(
@@ -52,8 +52,8 @@ public struct CounterTable: ~Copyable {
   var interfaceCount: Int { interfaces.count }
   var domainCount: Int { domains.count }
 
-  mutating func set(_ index: InterfaceIndex, _ record: InterfaceRecord) { interfaces[index.index] = record }
-  mutating func set(_ index: DomainIndex, _ counters: CounterBlock.Writer) { domains[index.index] = counters }
+  package mutating func set(_ index: InterfaceIndex, _ record: InterfaceRecord) { interfaces[index.index] = record }
+  package mutating func set(_ index: DomainIndex, _ counters: CounterBlock.Writer) { domains[index.index] = counters }
   mutating func remove(_ index: InterfaceIndex) {
     interfaces[index.index] = InterfaceRecord(.absent, laneFirst: 0, laneCount: 0, counters: nobody.writer)
   }

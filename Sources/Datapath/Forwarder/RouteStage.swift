@@ -11,19 +11,19 @@
 ///
 /// A received train is several datagrams in one slot: each goes this way by itself, and those that follow each other
 /// and go the same way leave as one run.
-struct RouteStage: ~Copyable {
+package struct RouteStage: ~Copyable {
   /// Datagrams of one received train at most: no kernel makes longer ones than it sends.
-  static var trainFramesMax: Int { SendPool.trainFramesMax }
+  package static var trainFramesMax: Int { SendPool.trainFramesMax }
   private var router: Router
 
   /// - Parameter domainCount: how many domains there may be, now and in later snapshots; nil: those of this one.
-  init(_ view: SnapshotView, domainCount: Int? = nil) { router = Router(view, domainCount: domainCount) }
+  package init(_ view: SnapshotView, domainCount: Int? = nil) { router = Router(view, domainCount: domainCount) }
 
   mutating func adopt(_ view: SnapshotView) { router.adopt(view) }
 
   /// Routes a frame or a train; appends it to `batch`, which has room for `trainFramesMax`, or drops it.
   @inline(__always)
-  mutating func route(
+  package mutating func route(
     _ descriptor: Descriptor, now: TurnClock, _ memory: inout FrameMemory, _ counters: borrowing CounterTable,
     into batch: inout RoutedBatch
   ) {
@@ -35,15 +35,11 @@ struct RouteStage: ~Copyable {
     _ train: Descriptor, now: TurnClock, _ memory: inout FrameMemory, _ counters: borrowing CounterTable,
     into batch: inout RoutedBatch
   ) {
-    let stride = UInt32(train.trainSegmentBytes)
+    let datagrams = TrainRun(received: train)
     let start = batch.count
     // Each datagram holds the slot, once; the train itself until all of them went.
-    for number in 0..<UInt32(train.wireFrames) {
-      var datagram = train
-      datagram.offset += number * stride
-      datagram.length = min(stride, train.length - number * stride)
-      datagram.wireFrames = 1
-      datagram.trainSegmentBytes = 0
+    for number in 0..<datagrams.count {
+      let datagram = datagrams.frame(number)
       memory.hold(datagram.buffer, adding: 1)
       let before = batch.count
       routeOne(datagram, now: now, &memory, counters, into: &batch)

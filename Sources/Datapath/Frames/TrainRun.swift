@@ -5,6 +5,13 @@ public struct TrainRun {
   public let descriptor: Descriptor
   private let between: UInt32
 
+  /// A train as it was received: each of its datagrams from the outer payload's first byte on, which nothing is between.
+  @inline(__always)
+  init(received train: Descriptor) {
+    descriptor = train
+    between = 0
+  }
+
   /// Nil for a descriptor of anything else.
   @inline(__always)
   public init?(_ descriptor: Descriptor) {

@@ -13,7 +13,7 @@ import Glibc
 public enum VXLANLink {
   /// The datagram in a filled slot, before anything of it was looked at.
   @inline(__always)
-  static func describe(_ event: IOEvent) -> Descriptor {
+  package static func describe(_ event: IOEvent) -> Descriptor {
     var descriptor = Descriptor(
       buffer: BufferReference(slot: Int(event.slot)), offset: Int(event.offset), length: Int(event.length),
       ingress: .none)
