@@ -1,3 +1,5 @@
+import Glibc
+
 /// How often the simulated kernel does what a real one may do. Every rate is a probability from 0 to 1; what it is
 /// drawn for is said with each. All are 0 unless set: the kernel is then prompt, in order and without error.
 public struct Faults: Sendable, Equatable {
@@ -41,6 +43,11 @@ public struct Faults: Sendable, Equatable {
   public var failedSend = 0.0
   /// For each datagram and each frame to a packet socket: EMSGSIZE.
   public var tooBigSend = 0.0
+  /// For each train of datagrams: one of `trainErrors`, which its datagrams by themselves would not meet.
+  public var refusedTrain = 0.0
+  /// By these a kernel refuses trains: longer than the path's MTU, in another way, too many datagrams, a device that
+  /// cannot make the checksums.
+  public var trainErrors = [EMSGSIZE, EINVAL, EIO]
   /// For each datagram: ECONNREFUSED, unsent, as after an ICMP message about an earlier one.
   public var refusedSend = 0.0
   /// For each write to a device: EBADFD; ENETDOWN from a packet socket.
@@ -84,6 +91,7 @@ public struct Faults: Sendable, Equatable {
     faults.falseWritable = rate(0.5)
     faults.failedSend = rate(0.03)
     faults.tooBigSend = rate(0.03)
+    faults.refusedTrain = rate(0.3)
     faults.refusedSend = rate(0.1)
     faults.badDescriptorSend = rate(0.005)
     faults.shortWrite = rate(0.03)

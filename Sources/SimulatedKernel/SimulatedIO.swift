@@ -521,6 +521,10 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     } else {
       if network.chance(faults.tooBigSend) { return EMSGSIZE }
       if network.chance(faults.refusedSend) { return ECONNREFUSED }
+      if message.segmentBytes > 0, network.chance(faults.refusedTrain) {
+        network.countRefusedTrain()
+        return faults.trainErrors[network.below(faults.trainErrors.count)]
+      }
     }
     if network.strikes(.uncountedDrop, rate: 0.05) { return 0 }
     return kind.isDevice

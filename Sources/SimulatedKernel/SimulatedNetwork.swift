@@ -30,6 +30,8 @@ public final class SimulatedNetwork {
     public var deviceQueueFramesMax = 500
     /// The underlay's MTU: longer datagrams give EMSGSIZE (Don't Fragment is set).
     public var mtuBytes = 65_535
+    /// Datagrams that one send takes as a train: 64 before Linux 6.9. More give EINVAL.
+    public var trainFramesMax = SendPool.trainFramesMax
     /// For each datagram received: those behind it that are alike come with it, as one train.
     public var trains = 0.0
     /// What one `collect` costs.
@@ -65,6 +67,8 @@ public final class SimulatedNetwork {
     public var congestionMarks = 0
     /// Sends of workers that failed with an error other than EAGAIN.
     public var failedSends = 0
+    /// Of those, trains that were refused as trains: by `Faults.refusedTrain`, or for more than `trainFramesMax`.
+    public var trainsRefused = 0, trainsTooLong = 0
 
     public init() {}
   }
@@ -373,7 +377,11 @@ public final class SimulatedNetwork {
     let pieceBytes = segmentBytes == 0 ? bytes.count : segmentBytes
     let pieces = max(1, (bytes.count + pieceBytes - 1) / max(1, pieceBytes))
     if min(pieceBytes, bytes.count) + headerBytes > limits.mtuBytes { return EMSGSIZE }
-    if pieces > SendPool.trainFramesMax || segmentBytes > 0 && bytes.count > SendPool.trainBytesMax { return EINVAL }
+    if pieces > limits.trainFramesMax {
+      counts.trainsTooLong += 1
+      return EINVAL
+    }
+    if segmentBytes > 0 && bytes.count > SendPool.trainBytesMax { return EINVAL }
     let buffered = sockets[number].bufferedBytes
     let packetBytes = bytes.count + pieces * headerBytes
     if buffered > 0 && buffered + packetBytes > limits.sendBufferBytes { return EAGAIN }
@@ -599,6 +607,8 @@ public final class SimulatedNetwork {
     counts.framesReceived -= cutOff
     counts.framesCutOff += cutOff
   }
+
+  func countRefusedTrain() { counts.trainsRefused += 1 }
 
   func countSend(error: Int32, isShort: Bool) {
     if isShort {

@@ -6,7 +6,7 @@ import Testing
 
 /// A TCP super-frame over IPv4. That its segments are right is shown where they are made; here they are what must
 /// arrive.
-private struct MadeSuperFrame {
+struct MadeSuperFrame {
   static let headerBytes = 14 + 20 + 20
 
   var bytes: [UInt8]
@@ -57,7 +57,7 @@ private struct MadeSuperFrame {
 
 /// A transmit stage before a simulated kernel, with frames in slots of an arena: one port that frames come by, one port
 /// and one link that they leave by.
-private struct Bench: ~Copyable {
+struct Bench: ~Copyable {
   static let ingress = InterfaceIndex(0)
   static let port = InterfaceIndex(1)
   static let link = InterfaceIndex(2)
@@ -77,9 +77,12 @@ private struct Bench: ~Copyable {
   var arrived: [SimulatedNetwork.Datagram] = []
 
   init(
-    _ kind: InterfaceRecord.Kind = .vxlan, operations: Int = 600, mtuBytes: Int = FrameMemory.payloadBytesMax
+    _ kind: InterfaceRecord.Kind = .vxlan, operations: Int = 600, mtuBytes: Int = FrameMemory.payloadBytesMax,
+    trainFramesMax: Int = SendPool.trainFramesMax
   ) throws {
-    network = SimulatedNetwork(seed: 5)
+    var limits = SimulatedNetwork.Limits()
+    limits.trainFramesMax = trainFramesMax
+    network = SimulatedNetwork(seed: 5, limits: limits)
     let (here, there) = (UnderlayAddress(ipv4: 0x0A00_0001), UnderlayAddress(ipv4: 0x0A00_0002))
     device = network.addDevice()
     receiver = network.openSocket(there, port: 4789)
@@ -117,9 +120,9 @@ private struct Bench: ~Copyable {
   }
 
   /// Turns until everything is sent and has arrived.
-  mutating func settle() {
+  mutating func settle(nowSeconds: UInt32 = 1) {
     for _ in 0..<10_000 where stage.inFlight > 0 || !network.isIdle {
-      stage.flush(&io, counters, nowSeconds: 1)
+      stage.flush(&io, counters, nowSeconds: nowSeconds)
       events.removeAll()
       io.collect(.forEvent, &memory, into: &events)
       for place in 0..<events.count {

@@ -5,7 +5,7 @@ public struct TrainRun {
   public let descriptor: Descriptor
   private let between: UInt32
 
-  /// A train as it was received: each of its datagrams from the outer payload's first byte on, which nothing is between.
+  /// A train as it was received, of whole datagrams: nothing is between them.
   @inline(__always)
   init(received train: Descriptor) {
     descriptor = train
