@@ -119,6 +119,27 @@ struct Bench: ~Copyable {
     stage.transmit(frame, canHoldBack: true, &memory, counters)
   }
 
+  /// Puts frames into a slot as a VXLAN train brings them, all as long as the first but perhaps the last, and hands them
+  /// to the stage as one run.
+  mutating func transmit(run frames: [[UInt8]], to egress: InterfaceIndex, flowHash: UInt32 = 0) {
+    let slot = memory.post()!
+    memory.received(slot)
+    let between = [UInt8](repeating: 0xEE, count: VXLANHeader.bytes)
+    let bytes = Array(frames.joined(separator: between))
+    var descriptor = Descriptor(
+      buffer: BufferReference(slot: slot), offset: FrameMemory.headroomBytes, length: bytes.count,
+      ingress: Self.ingress)
+    var head = memory.mutableHead(of: descriptor)
+    for (place, byte) in bytes.enumerated() { head.storeBytes(of: byte, toByteOffset: place, as: UInt8.self) }
+    descriptor.length = UInt32(frames.joined().count)
+    descriptor.domain = DomainIndex(0)
+    descriptor.flowHash = flowHash
+    descriptor.wireFrames = UInt16(frames.count)
+    descriptor.trainSegmentBytes = UInt16(frames[0].count + between.count)
+    let frame = RoutedFrame(descriptor: descriptor, target: .unicast(egress), vni: Self.vni)
+    stage.transmit(frame, canHoldBack: true, &memory, counters)
+  }
+
   /// Turns until everything is sent and has arrived.
   mutating func settle(nowSeconds: UInt32 = 1) {
     for _ in 0..<10_000 where stage.inFlight > 0 || !network.isIdle {

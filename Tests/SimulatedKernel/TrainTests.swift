@@ -5,9 +5,9 @@ import Testing
 @testable import SimulatedKernel
 
 extension Bench {
-  /// What came of sends to the link, since the last look.
+  /// What came of sends since the last look.
   struct Look: Equatable {
-    /// Inner frames that arrived.
+    /// Inner frames that arrived by the link.
     var frames: [[UInt8]] = []
     var trains = 0
     var trainFrames = 0
@@ -15,12 +15,12 @@ extension Bench {
   }
 
   /// Sends what waits, sees that all of it went or was dropped, by name and with its slot, and looks.
-  mutating func settleAndLook(nowSeconds: UInt32 = 1) -> Look {
+  mutating func settleAndLook(_ egress: InterfaceIndex = link, nowSeconds: UInt32 = 1) -> Look {
     func counts() -> [Int] { [Counter.trains, .trainFrames, .trainRefusals].map { Int(others[0].value($0)) } }
     let before = counts()
     arrived = []
     settle(nowSeconds: nowSeconds)
-    let (isAllBack, sumsHold) = (isAllBack, holds(Self.link))
+    let (isAllBack, sumsHold) = (isAllBack, holds(egress))
     #expect(isAllBack && sumsHold && network.violations.isEmpty)
     let news = zip(counts(), before).map { $0 - $1 }
     return Look(
@@ -83,5 +83,41 @@ extension Bench {
     #expect(look == Bench.Look(refusals: 1))
     let dropped = bench.value(Bench.link, .dropTooBig)
     #expect(dropped == 10)
+  }
+}
+
+/// Runs of frames that came in one train.
+@Suite struct RunTests {
+  @Test("a run goes to a link as a train, to a port as one super-frame")
+  func whole() throws {
+    let made = try MadeSuperFrame(payloadBytes: 10_300, segmentBytes: 1_000)
+    var bench = try Bench(mtuBytes: 1_500)
+    bench.transmit(run: made.segments, to: Bench.link)
+    var look = bench.settleAndLook()
+    #expect(look == Bench.Look(frames: made.segments, trains: 1, trainFrames: 11))
+
+    bench = try Bench(mtuBytes: 1_500)
+    bench.transmit(run: made.segments, to: Bench.port)
+    look = bench.settleAndLook(Bench.port)
+    #expect(look == Bench.Look())
+    let written = bench.network.takeWritten(device: bench.device)
+    #expect(written.count == 1 && written.first?.frame.count == made.bytes.count)
+    let offered = bench.value(Bench.port, .offeredFrames)
+    #expect(offered == 11)
+  }
+
+  @Test(
+    "of a run that is too long for its egress the last frame goes where it fits", arguments: [Bench.port, Bench.link])
+  func tooLong(_ egress: InterfaceIndex) throws {
+    for (lastBytes, fits) in [(400, true), (1_000, false)] {
+      var bench = try Bench(mtuBytes: 600)
+      let made = try MadeSuperFrame(payloadBytes: 3_000 + lastBytes, segmentBytes: 1_000)
+      bench.transmit(run: made.segments, to: egress)
+      let look = bench.settleAndLook(egress)
+      let written = bench.network.takeWritten(device: bench.device).map(\.frame)
+      #expect(look.frames + written == (fits ? [made.segments[3]] : []))
+      let (offered, dropped) = (bench.value(egress, .offeredFrames), bench.value(egress, .dropTooBig))
+      #expect(offered == 4 && dropped == (fits ? 3 : 4))
+    }
   }
 }

@@ -90,6 +90,14 @@ struct TransmitStage: ~Copyable {
       return enqueueSuperFrame(descriptor, vni, egress, canHoldBack, &memory, counters)
     }
     if let run = TrainRun(descriptor) { return enqueueRun(run, vni, egress, canHoldBack, &memory, counters) }
+    enqueueFrame(descriptor, vni, egress, canHoldBack, &memory, counters)
+  }
+
+  @inline(__always)
+  private mutating func enqueueFrame(
+    _ descriptor: Descriptor, _ vni: UInt32, _ egress: InterfaceIndex, _ canHoldBack: Bool,
+    _ memory: inout FrameMemory, _ counters: borrowing CounterTable
+  ) {
     let record = counters[egress]
     guard let index = lane(for: descriptor, descriptor.length, egress, record, canHoldBack, &memory, counters)
     else { return }
@@ -127,6 +135,14 @@ struct TransmitStage: ~Copyable {
     _ counters: borrowing CounterTable
   ) {
     let record = counters[egress]
+    if run.frameBytesMax > record.frameBytesMax {
+      // The last may be shorter, and fit.
+      memory.hold(run.descriptor.buffer, adding: run.count - 1)
+      for number in 0..<run.count {
+        enqueueFrame(run.frame(number), vni, egress, canHoldBack, &memory, counters)
+      }
+      return
+    }
     guard let index = lane(for: run.descriptor, run.frameBytesMax, egress, record, canHoldBack, &memory, counters)
     else { return }
     let header = Self.header(record.kind, vni)
