@@ -109,7 +109,25 @@ extension MadeSuperFrame {
       guard first[networkOffset + 6] & ~0x40 == 0, first[networkOffset + 7] == 0 else { return false }
     }
     whole.finishHeaders()
-    return whole.segments == frames
+    return whole.segments == withCountedIdentifications(frames)
+  }
+
+  /// Datagrams with DF that have one identification, with ones that count up; all others as they are, wrong checksums
+  /// included.
+  func withCountedIdentifications(_ frames: [[UInt8]]) -> [[UInt8]] {
+    let place = networkOffset + 4
+    guard isIPv4, !isTCP, frames[0][place + 2] & 0x40 != 0,
+      frames.allSatisfy({ $0[place..<place + 2] == frames[0][place..<place + 2] })
+    else { return frames }
+    return frames.enumerated().map { number, frame in
+      var made = self
+      made.bytes = frame
+      made.finishNetworkHeader()
+      guard made.bytes == frame else { return frame }
+      made.put16(place, ((Int(frame[place]) << 8 | Int(frame[place + 1])) + number) & 0xffff)
+      made.finishNetworkHeader()
+      return made.bytes
+    }
   }
 }
 
@@ -280,7 +298,7 @@ struct FramesCoalescing {
     },
     Change("DSCP", isIPv4: true) { $1[$0.networkOffset + 1] ^= 4 },
     Change("ECN", isIPv4: true) { $1[$0.networkOffset + 1] ^= 1 },
-    Change("identification is the same", isIPv4: true) { $1[$0.networkOffset + 5] &-= 1 },
+    Change("identification is the same", isIPv4: true, isTCP: true) { $1[$0.networkOffset + 5] &-= 1 },
     Change("identification leaps", isIPv4: true) { $1[$0.networkOffset + 5] &+= 1 },
     Change("DF", isIPv4: true) { $1[$0.networkOffset + 6] ^= 0x40 },
     Change("reserved flag", isIPv4: true) { $1[$0.networkOffset + 6] ^= 0x80 },
@@ -377,6 +395,37 @@ struct FramesCoalescing {
       }
     }
     #expect(tried > 0)
+  }
+
+  @Test("UDP datagrams with DF and one identification join, and come out with ones that count up")
+  func oneIdentification() throws {
+    for (dontFragment, identification) in [(true, 0), (true, 0xffff), (false, 0)] {
+      let made = MadeSuperFrame(
+        isIPv4: true, isTCP: false, payload: [UInt8](repeating: 7, count: 80), segmentBytes: 24)
+      func numbered(_ frame: [UInt8], _ identification: Int) -> [UInt8] {
+        var frame = frame
+        frame[made.networkOffset + 4] = UInt8(identification >> 8)
+        frame[made.networkOffset + 5] = UInt8(identification & 0xff)
+        frame[made.networkOffset + 6] = dontFragment ? 0x40 : 0
+        return made.finished(frame)
+      }
+      let frames = made.segments.map { numbered($0, identification) }
+      let (coalescer, count) = try #require(joined(frames))
+      #expect(count == (dontFragment ? 4 : 1))
+      guard dontFragment else { continue }
+      var whole = made
+      whole.bytes = headers(coalescer, frames[0]) + frames.flatMap { $0[coalescer.headerBytes...] }
+      whole.offload = coalescer.offload
+      let cut = try #require(whole.whole)
+      let counted = frames.enumerated().map { numbered($1, (identification + $0) & 0xffff) }
+      #expect(FramesSegmentation().cut(whole, cut) == counted)
+      // The second datagram settles which it is.
+      #expect(joined([frames[0], frames[1], counted[2]])?.count == 2)
+      #expect(joined([frames[0], frames[1], counted[1]])?.count == 2)
+      #expect(joined([frames[0], counted[1], counted[1]])?.count == 2)
+      #expect(joined([frames[0], counted[1], frames[2]])?.count == 2)
+      #expect(joined([frames[0], counted[1], counted[2]])?.count == 3)
+    }
   }
 
   @Test("padding behind the IP packet, no payload, no checksum, and the other zero keep a frame out")
@@ -595,7 +644,7 @@ struct FramesCoalescing {
 
   @Test("every input of the corpus keeps every promise, and joins as its name says")
   func corpus() throws {
-    try FramesCorpusReplay().replay("coalescing", atLeast: 28) { fuzzCoalescing($0) }
+    try FramesCorpusReplay().replay("coalescing", atLeast: 31) { fuzzCoalescing($0) }
     let expected: [(name: String, runs: [Int])] = [
       ("tcp4", [4]), ("tcp4-timestamps", [4]), ("tcp6", [4]), ("udp4", [4]), ("udp6", [4]), ("tcp4-vlan", [4]),
       ("udp6-qinq", [4]), ("tcp4-options", [4]), ("tcp6-extensions", [4]), ("tcp6-authentication", [0, 0, 0, 0]),
@@ -603,6 +652,8 @@ struct FramesCoalescing {
       ("tcp4-syn", [0, 3]), ("tcp4-wraps", [4]), ("tcp4-two-runs", [4, 4]), ("tcp4-gap", [2, 2]),
       ("tcp4-equal-identifications", [1, 1, 1]), ("tcp4-corrupt-payload", [2, 0, 1]),
       ("tcp4-corrupt-header", [1, 0, 2]), ("udp4-no-checksum", [0, 0, 0, 0]), ("udp4-other-port", [2, 2]),
+      ("udp4-equal-identifications", [4]), ("udp4-equal-identifications-fragmentable", [1, 1, 1, 1]),
+      ("udp4-equal-then-counting", [2, 2]),
       ("tcp4-padded", [0, 0, 0, 0]), ("tcp4-acknowledgements", [0, 0, 0, 0]), ("tcp4-many-bytes", [40]),
     ]
     for (name, runs) in expected {

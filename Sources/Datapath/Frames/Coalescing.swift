@@ -9,6 +9,10 @@
 /// but for lengths, checksums, IPv4 identification (counts up by one), TCP sequence (counts up by payload), PSH and FIN
 /// (the last frame's only) and CWR (the first's only). All have as much payload as the first; the last may have less.
 ///
+/// One thing may come out otherwise: UDP datagrams with DF may all have one IPv4 identification, as Linux sends them by
+/// a socket that is not connected. Cut again they have ones that count up. It says nothing for them (RFC 6864 section
+/// 4.1), and the kernel's GRO and segmentation do the same (`inet_gro_flush` of include/net/gro.h).
+///
 /// The whole gets a checksum of its own, which would bless a corrupt frame: so the IPv4 header's and the transport's
 /// checksum of every frame are verified before it is taken.
 ///
@@ -37,6 +41,8 @@ public struct Coalescer: BitwiseCopyable, Hashable, Sendable {
   @usableFromInline let hasCWR: Bool
   /// PSH and FIN of the last frame: either ends the run.
   private var endFlags: TCPFlags
+  /// All frames have one IPv4 identification: the second settled it.
+  private var hasOneIdentification = false
   /// The running sum over the IPv4 header without total length, identification and checksum; over the pseudo-header
   /// without length.
   private let networkSum: UInt64
@@ -150,6 +156,9 @@ public struct Coalescer: BitwiseCopyable, Hashable, Sendable {
     payloadBytes &+= nextPayloadBytes
     if isTCP {
       endFlags = TCPFlags(rawValue: unsafe next.networkUInt8(at: transportOffset &+ 13)).intersection([.psh, .fin])
+    } else if isIPv4 {
+      hasOneIdentification =
+        unsafe next.networkUInt16(at: networkOffset &+ 4) == first.networkUInt16(at: networkOffset &+ 4)
     }
     return true
   }
@@ -169,14 +178,23 @@ public struct Coalescer: BitwiseCopyable, Hashable, Sendable {
       }
     }
     if isIPv4 {
-      // Equal identifications, which DF would allow, cannot be had back: no offload header says so.
-      let identification =
-        unsafe first.networkUInt16(at: networkOffset &+ 4) &+ UInt16(truncatingIfNeeded: frameCount)
-      return unsafe next.networkUInt16(at: networkOffset &+ 4) == identification
-        && Int(unsafe next.networkUInt16(at: networkOffset &+ 2)) == next.byteCount &- networkOffset
+      guard Int(unsafe next.networkUInt16(at: networkOffset &+ 2)) == next.byteCount &- networkOffset else {
+        return false
+      }
+      let step =
+        unsafe next.networkUInt16(at: networkOffset &+ 4) &- first.networkUInt16(at: networkOffset &+ 4)
+      if step == 0 { return hasOneIdentification || mayHaveOneIdentification(first) }
+      return step == UInt16(truncatingIfNeeded: frameCount) && !hasOneIdentification
     }
     return Int(unsafe next.networkUInt16(at: networkOffset &+ 4))
       == next.byteCount &- networkOffset &- IPv6Header.bytes
+  }
+
+  /// Whether the second frame may have the first's identification. TCP's segments, for which DF would allow it too, come
+  /// out as they were.
+  private func mayHaveOneIdentification(_ first: RawSpan) -> Bool {
+    guard frameCount == 1, !isTCP else { return false }
+    return unsafe first.networkUInt8(at: networkOffset &+ 6) & 0x40 != 0
   }
 
   /// All that must be the same: collected, and asked once at the end. Since what tells how long the headers are is
