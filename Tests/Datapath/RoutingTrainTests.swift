@@ -3,54 +3,61 @@ import Testing
 
 @testable import Datapath
 
-/// A train as it lies in a slot from byte 100 on: what routing makes of five datagrams of 68 bytes, the last of 38, of
-/// which the first is not in the run.
-private func makeRun(_ encapsulation: Encapsulation, count: Int = 4, lastBytes: Int = 30) -> Descriptor {
+/// A run of frames of 60 bytes, the last perhaps shorter, of a train whose first frame lies at byte 100 of its slot.
+/// - Parameter numbers: which of the train's frames they are.
+private func makeRun(_ encapsulation: Encapsulation, _ numbers: [Int], lastBytes: Int = 30) -> Descriptor {
   let headerBytes = encapsulation == .vxlan ? VXLANHeader.bytes : 0
   var run = Descriptor(
-    buffer: BufferReference(slot: 3), offset: 168 + headerBytes, length: (count - 1) * 60 + lastBytes,
+    buffer: BufferReference(slot: 3), offset: 100, length: (numbers.count - 1) * 60 + lastBytes,
     ingress: InterfaceIndex(7))
   run.encapsulation = encapsulation
   run.trainSegmentBytes = UInt16(60 + headerBytes)
-  run.wireFrames = UInt16(count)
+  run.wireFrames = UInt16(numbers.count)
   run.flowHash = 99
+  for number in numbers { run.trainMembers |= 1 << UInt128(number) }
   return run
 }
 
 @Suite struct TrainRunTests {
-  @Test(arguments: [Encapsulation.vxlan, .vnetp])
-  func `Each frame of a run lies a stride further on, and only the last is shorter`(
-    _ encapsulation: Encapsulation
+  static let runs = [
+    [0, 1, 2, 3], [1, 2, 3], [5, 126, 127], [0, 2, 4, 6, 8], [0, 1, 63, 64, 65, 127], Array(0..<128),
+  ]
+
+  @Test(arguments: runs, [Encapsulation.vxlan, .vnetp])
+  func `Each frame of a run lies where its number says, and only the last is shorter`(
+    _ numbers: [Int], _ encapsulation: Encapsulation
   ) throws {
-    let run = try #require(TrainRun(makeRun(encapsulation)))
+    let run = try #require(TrainRun(makeRun(encapsulation, numbers)))
     let stride = encapsulation == .vxlan ? 68 : 60
-    #expect(run.count == 4 && run.frameBytesMax == 60)
-    for number in 0..<4 {
-      let frame = run.frame(number)
-      #expect(Int(frame.offset) == Int(run.descriptor.offset) + number * stride)
-      #expect(frame.length == (number == 3 ? 30 : 60))
+    #expect(run.count == numbers.count && run.frameBytesMax == 60)
+    for (index, number) in numbers.enumerated() {
+      let frame = run.frame(index)
+      #expect(Int(frame.offset) == 100 + number * stride)
+      #expect(frame.length == (index == numbers.count - 1 ? 30 : 60))
       #expect(frame.wireFrames == 1 && frame.trainSegmentBytes == 0)
       #expect(frame.buffer == BufferReference(slot: 3) && frame.ingress == InterfaceIndex(7) && frame.flowHash == 99)
     }
   }
 
-  @Test(arguments: [Encapsulation.vxlan, .vnetp])
-  func `What is left of a run has the same frames, down to the last alone`(_ encapsulation: Encapsulation) throws {
-    let run = try #require(TrainRun(makeRun(encapsulation)))
-    for first in 0..<4 {
+  @Test(arguments: runs, [Encapsulation.vxlan, .vnetp])
+  func `What is left of a run has the same frames, down to the last alone`(
+    _ numbers: [Int], _ encapsulation: Encapsulation
+  ) throws {
+    let run = try #require(TrainRun(makeRun(encapsulation, numbers)))
+    for first in numbers.indices {
       let rest = try #require(run.from(first))
-      #expect(rest.count == 4 - first)
-      #expect(rest.frameBytesMax == (first == 3 ? 30 : 60))
-      for number in 0..<rest.count {
-        let (frame, same) = (rest.frame(number), run.frame(first + number))
+      #expect(rest.count == numbers.count - first)
+      #expect(rest.frameBytesMax == (rest.count == 1 ? 30 : 60))
+      for index in 0..<rest.count {
+        let (frame, same) = (rest.frame(index), run.frame(first + index))
         #expect(frame.offset == same.offset && frame.length == same.length)
       }
     }
   }
 
   @Test func `Frames of equal length have no shorter last one`() throws {
-    let run = try #require(TrainRun(makeRun(.vxlan, lastBytes: 60)))
-    #expect((0..<4).map { run.frame($0).length } == [60, 60, 60, 60])
+    let run = try #require(TrainRun(makeRun(.vxlan, [0, 1, 5], lastBytes: 60)))
+    #expect((0..<3).map { run.frame($0).length } == [60, 60, 60])
   }
 
   @Test func `A frame by itself is no run`() {
@@ -66,35 +73,39 @@ private func makeRun(_ encapsulation: Encapsulation, count: Int = 4, lastBytes: 
     #expect((0..<4).map { datagrams.frame($0).length } == [68, 68, 68, 5])
   }
 
-  @Test func `A frame goes on a run that ends where it starts, and goes the same way in all`() throws {
-    var descriptor = makeRun(.vxlan, count: 3, lastBytes: 60)
+  @Test func `A frame goes on with what goes the same way in all`() throws {
+    var descriptor = makeRun(.vxlan, [0, 1], lastBytes: 60)
     descriptor.domain = DomainIndex(2)
     descriptor.typeOfService = 8
     let run = RoutedFrame(descriptor: descriptor, target: .unicast(InterfaceIndex(1)), vni: 42)
-    var next = run
-    next.descriptor = try #require(TrainRun(makeRun(.vxlan))).frame(3)
-    next.descriptor.domain = DomainIndex(2)
-    next.descriptor.typeOfService = 8
-    let stride = descriptor.trainSegmentBytes
-    #expect(run.goesOn(with: next, stride: stride))
-
+    #expect(run.goesOn(with: run))
     func refuses(_ change: (inout RoutedFrame) -> Void) -> Bool {
-      var other = next
+      var other = run
       change(&other)
-      return !run.goesOn(with: other, stride: stride)
+      return !run.goesOn(with: other)
     }
     #expect(refuses { $0.target = .unicast(InterfaceIndex(2)) })
-    #expect(refuses { $0.descriptor.flowHash += 1 })
     #expect(refuses { $0.descriptor.typeOfService = 0 })
     #expect(refuses { $0.descriptor.domain = DomainIndex(3) })
     #expect(refuses { $0.descriptor.ingress = InterfaceIndex(8) })
-    #expect(refuses { $0.descriptor.offset += UInt32(stride) })
+  }
 
-    var joined = run
-    joined.append(next, stride: stride)
-    let whole = try #require(TrainRun(joined.descriptor))
-    #expect(whole.count == 4 && whole.descriptor.length == 210)
-    #expect(whole.frame(3).offset == next.descriptor.offset && whole.frame(3).length == 30)
+  @Test func `A frame becomes a run, and a run longer, by each frame that is added`() throws {
+    let numbers = [2, 3, 7, 127]
+    let whole = try #require(TrainRun(makeRun(.vxlan, numbers)))
+    func single(_ index: Int) -> Descriptor {
+      var frame = whole.frame(index)
+      frame.trainMembers = 1 << UInt128(numbers[index])
+      return frame
+    }
+    var run = single(0)
+    for index in 1..<4 { TrainRun.append(single(index), to: &run, stride: 68) }
+    #expect(run.offset == 100 && run.length == 210 && run.wireFrames == 4 && run.trainSegmentBytes == 68)
+    let made = try #require(TrainRun(run))
+    for index in 0..<4 {
+      #expect(made.frame(index).offset == whole.frame(index).offset)
+      #expect(made.frame(index).length == whole.frame(index).length)
+    }
   }
 }
 
@@ -174,14 +185,16 @@ private struct TrainStage: ~Copyable {
 }
 
 /// An IPv4 frame of 60 bytes, with no known protocol in it: its addresses alone make its flow.
-private func frame(source: UInt64 = testMAC(9), to destination: UInt64 = testMAC(1), number: UInt8) -> [UInt8] {
+private func frame(source: UInt64 = testMAC(9), to destination: UInt64 = testMAC(1), number: UInt8, flow: UInt8 = 9)
+  -> [UInt8]
+{
   var bytes = [UInt8](repeating: number, count: 60)
   for place in 0..<6 {
     bytes[place] = UInt8(truncatingIfNeeded: destination >> UInt64(40 - 8 * place))
     bytes[6 + place] = UInt8(truncatingIfNeeded: source >> UInt64(40 - 8 * place))
   }
   bytes.replaceSubrange(
-    12..<34, with: [8, 0, 0x45, 0, 0, 46, 0, number, 0x40, 0, 64, 253, 0, 0, 10, 0, 0, 9, 10, 0, 0, bytes[5]])
+    12..<34, with: [8, 0, 0x45, 0, 0, 46, 0, number, 0x40, 0, 64, 253, 0, 0, 10, 0, 0, flow, 10, 0, 0, bytes[5]])
   return bytes
 }
 
@@ -202,7 +215,39 @@ private func datagrams(_ count: Int) -> [[UInt8]] { (0..<count).map { datagram(f
     for number in 2...3 { train[number] = datagram(frame(to: testMAC(2), number: UInt8(number))) }
     // Both are behind one port: their flows differ.
     let runs = stage.send(train)
-    #expect(runs == [[0, 1], [2, 3], [4]] && stage.drops == 0)
+    #expect(runs == [[0, 1, 4], [2, 3]] && stage.drops == 0)
+  }
+
+  @Test func `Flows that take turns in a train leave as one run each, each in order`() throws {
+    for flows in [2, 3, 16] {
+      var stage = try TrainStage()
+      let count = RouteStage.trainFramesMax
+      let train = (0..<count).map { datagram(frame(number: UInt8($0), flow: UInt8($0 % flows))) }
+      let runs = stage.send(train)
+      #expect(runs == (0..<flows).map { flow in (0..<count).filter { $0 % flows == flow } })
+      #expect(stage.drops == 0)
+    }
+  }
+
+  @Test func `Of more flows than are looked for each still keeps its order`() throws {
+    var stage = try TrainStage()
+    var random = FramesRandom(seed: 77)
+    let flows = (0..<RouteStage.trainFramesMax).map { _ in UInt8.random(in: 0..<40, using: &random) }
+    let runs = stage.send(flows.enumerated().map { datagram(frame(number: UInt8($0), flow: $1)) })
+    #expect(runs.joined().sorted() == Array(flows.indices) && stage.drops == 0)
+    for run in runs { #expect(Set(run.map { flows[$0] }).count == 1) }
+    for flow in Set(flows) {
+      #expect(runs.joined().filter { flows[$0] == flow } == flows.indices.filter { flows[$0] == flow })
+    }
+  }
+
+  @Test func `A flow whose frames are not alike in all keeps its order too`() throws {
+    var stage = try TrainStage()
+    var train = datagrams(6)
+    // The ToS of every second one differs; the flow's hash does not look at it.
+    for number in [1, 3, 5] { train[number][8 + 15] = 8 }
+    let runs = stage.send(train)
+    #expect(runs == [[0], [1], [2], [3], [4], [5]])
   }
 
   @Test func `One malformed datagram among good ones is dropped alone, under its name`() throws {
@@ -225,9 +270,8 @@ private func datagrams(_ count: Int) -> [[UInt8]] { (0..<count).map { datagram(f
       var train = datagrams(6)
       train[2] = malform(train[2])
       let runs = stage.send(train)
-      #expect(runs == [[0, 1], [3, 4, 5]], "\(name)")
+      #expect(runs == [[0, 1, 3, 4, 5]], "\(name)")
       #expect(stage.dropped(reason) == 1 && stage.drops == 1, "\(name)")
-      // At either end it splits nothing.
       for place in [0, 5] {
         var train = datagrams(6)
         train[place] = malform(train[place])

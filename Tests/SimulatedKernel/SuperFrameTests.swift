@@ -121,10 +121,12 @@ struct Bench: ~Copyable {
 
   /// Puts frames into a slot as a VXLAN train brings them, all as long as the first but perhaps the last, and hands them
   /// to the stage as one run.
-  mutating func transmit(run frames: [[UInt8]], to egress: InterfaceIndex, flowHash: UInt32 = 0) {
+  /// - Parameter stepDatagrams: from one of the frames to the next; between them lie others.
+  mutating func transmit(run frames: [[UInt8]], to egress: InterfaceIndex, stepDatagrams: Int = 1) {
     let slot = memory.post()!
     memory.received(slot)
-    let between = [UInt8](repeating: 0xEE, count: VXLANHeader.bytes)
+    let datagramBytes = VXLANHeader.bytes + frames[0].count
+    let between = [UInt8](repeating: 0xEE, count: stepDatagrams * datagramBytes - frames[0].count)
     let bytes = Array(frames.joined(separator: between))
     var descriptor = Descriptor(
       buffer: BufferReference(slot: slot), offset: FrameMemory.headroomBytes, length: bytes.count,
@@ -133,9 +135,9 @@ struct Bench: ~Copyable {
     for (place, byte) in bytes.enumerated() { head.storeBytes(of: byte, toByteOffset: place, as: UInt8.self) }
     descriptor.length = UInt32(frames.joined().count)
     descriptor.domain = DomainIndex(0)
-    descriptor.flowHash = flowHash
     descriptor.wireFrames = UInt16(frames.count)
-    descriptor.trainSegmentBytes = UInt16(frames[0].count + between.count)
+    descriptor.trainSegmentBytes = UInt16(datagramBytes)
+    for number in frames.indices { descriptor.trainMembers |= 1 << UInt128(number * stepDatagrams) }
     let frame = RoutedFrame(descriptor: descriptor, target: .unicast(egress), vni: Self.vni)
     stage.transmit(frame, canHoldBack: true, &memory, counters)
   }

@@ -88,20 +88,24 @@ extension Bench {
 
 /// Runs of frames that came in one train.
 @Suite struct RunTests {
-  @Test("a run goes to a link as a train, to a port as one super-frame")
-  func whole() throws {
+  @Test(
+    "a run goes to a link as a train, to a port as one super-frame, though other frames lie between",
+    arguments: [1, 2, 5])
+  func whole(stepDatagrams: Int) throws {
     let made = try MadeSuperFrame(payloadBytes: 10_300, segmentBytes: 1_000)
     var bench = try Bench(mtuBytes: 1_500)
-    bench.transmit(run: made.segments, to: Bench.link)
+    bench.transmit(run: made.segments, to: Bench.link, stepDatagrams: stepDatagrams)
     var look = bench.settleAndLook()
     #expect(look == Bench.Look(frames: made.segments, trains: 1, trainFrames: 11))
 
     bench = try Bench(mtuBytes: 1_500)
-    bench.transmit(run: made.segments, to: Bench.port)
+    bench.transmit(run: made.segments, to: Bench.port, stepDatagrams: stepDatagrams)
     look = bench.settleAndLook(Bench.port)
     #expect(look == Bench.Look())
     let written = bench.network.takeWritten(device: bench.device)
     #expect(written.count == 1 && written.first?.frame.count == made.bytes.count)
+    let payload = written.first?.frame.dropFirst(MadeSuperFrame.headerBytes)
+    #expect(payload == made.bytes.dropFirst(MadeSuperFrame.headerBytes))
     let offered = bench.value(Bench.port, .offeredFrames)
     #expect(offered == 11)
   }

@@ -131,22 +131,14 @@ public struct RoutedFrame: BitwiseCopyable, Sendable {
     self.vni = vni
   }
 
-  /// Whether `next`, a single frame that came in the same train `stride` bytes further on, goes the same way.
+  /// Whether `next`, a later frame of the same flow and train, goes the same way.
   @inline(__always)
-  func goesOn(with next: RoutedFrame, stride: UInt16) -> Bool {
+  func goesOn(with next: RoutedFrame) -> Bool {
     guard case .unicast(let egress) = target, case .unicast(let other) = next.target else { return false }
     let run = descriptor
     let frame = next.descriptor
-    return egress == other && run.flowHash == frame.flowHash && run.typeOfService == frame.typeOfService
-      && run.domain == frame.domain && run.ingress == frame.ingress
-      && run.offset + UInt32(run.wireFrames) * UInt32(stride) == frame.offset
-  }
-
-  @inline(__always)
-  mutating func append(_ next: RoutedFrame, stride: UInt16) {
-    descriptor.trainSegmentBytes = stride
-    descriptor.wireFrames += 1
-    descriptor.length += next.descriptor.length
+    return egress == other && run.typeOfService == frame.typeOfService && run.domain == frame.domain
+      && run.ingress == frame.ingress
   }
 }
 

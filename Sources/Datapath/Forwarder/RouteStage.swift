@@ -9,8 +9,8 @@
 ///    passthrough port goes to the other end of its wire.
 /// 5. The frame goes on with its target; or it ends here, counted.
 ///
-/// A received train is several datagrams in one slot: each goes this way by itself, and those that follow each other
-/// and go the same way leave as one run.
+/// A received train is several datagrams in one slot: each goes this way by itself, and those of one flow that go the
+/// same way leave as one run.
 package struct RouteStage: ~Copyable {
   /// Datagrams of one received train at most: no kernel makes longer ones than it sends.
   package static var trainFramesMax: Int { SendPool.trainFramesMax }
@@ -35,6 +35,7 @@ package struct RouteStage: ~Copyable {
     _ train: Descriptor, now: TurnClock, _ memory: inout FrameMemory, _ counters: borrowing CounterTable,
     into batch: inout RoutedBatch
   ) {
+    precondition(train.wireFrames <= UInt16(Self.trainFramesMax), "such a train ends in the receive stage")
     let datagrams = TrainRun(received: train)
     let start = batch.count
     // Each datagram holds the slot, once; the train itself until all of them went.
@@ -43,14 +44,34 @@ package struct RouteStage: ~Copyable {
       memory.hold(datagram.buffer, adding: 1)
       let before = batch.count
       routeOne(datagram, now: now, &memory, counters, into: &batch)
-      guard batch.count > before, before > start,
-        batch[before - 1].goesOn(with: batch[before], stride: train.trainSegmentBytes)
-      else { continue }
-      batch[before - 1].append(batch[before], stride: train.trainSegmentBytes)
+      guard batch.count > before else { continue }
+      batch[before].descriptor.trainMembers = 1 << UInt128(number)
+      guard let run = runOfLast(in: batch, from: start) else { continue }
+      TrainRun.append(batch[before].descriptor, to: &batch[run].descriptor, stride: train.trainSegmentBytes)
       batch.removeLast()
       memory.release(datagram.buffer)
     }
     memory.release(train.buffer)
+  }
+
+  /// Runs of one train that are looked at for the next frame's. A link has 8 source ports unless set, each of which
+  /// brings trains of its own: with 16, as many as 128 flows find theirs.
+  private static var openRunsMax: Int { 16 }
+
+  /// The run that the last frame of a batch belongs to: the newest of its flow, so that flows keep their order.
+  @inline(__always)
+  private func runOfLast(in batch: borrowing RoutedBatch, from start: Int) -> Int? {
+    let last = batch.count - 1
+    let flowHash = batch[last].descriptor.flowHash
+    var place = last - 1
+    let end = max(start, last - Self.openRunsMax)
+    while place >= end {
+      if batch[place].descriptor.flowHash == flowHash {
+        return batch[place].goesOn(with: batch[last]) ? place : nil
+      }
+      place -= 1
+    }
+    return nil
   }
 
   @inline(__always)

@@ -206,7 +206,7 @@ public struct SendPool: ~Copyable, @unchecked Sendable {
   /// Fills in an operation with a super-frame made of frames that came in one train: its own headers, and the payloads
   /// where they lie.
   /// - Parameters:
-  ///   - run: names the first of the frames; the others follow at the train's stride.
+  ///   - run: its first frames are these.
   ///   - joined: how they are one.
   /// - Returns: false when no gather is free.
   public mutating func fill(

@@ -74,6 +74,16 @@ public struct Descriptor: BitwiseCopyable, Sendable {
     get { facts.bits16(at: 32) }
     set { facts.setBits16(newValue, at: 32) }
   }
+  /// Of a frame or a run of a received train, once it is routed: which of the train's frames it is, the first by bit 0.
+  /// Stands where the sender stood, of whom routing is the last to ask.
+  @inline(__always)
+  var trainMembers: UInt128 {
+    get { UInt128(sender.high) << 64 | UInt128(sender.low) }
+    set {
+      sender = UnderlayAddress(
+        high: UInt64(truncatingIfNeeded: newValue >> 64), low: UInt64(truncatingIfNeeded: newValue))
+    }
+  }
   /// ToS or traffic class (DSCP and ECN): the outer header's for a datagram that came in, the inner frame's after
   /// routing.
   @inline(__always)

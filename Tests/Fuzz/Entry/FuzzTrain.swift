@@ -146,6 +146,13 @@ private struct Station: ~Copyable {
     var outcome = Outcome()
     receive(train.joined, of: train, at: offset, segmentBytes: train.stride, &outcome, first: 0)
     outcome.counts = counts
+    // Flows keep their order; between them there is none.
+    var newest: [UInt32: Int] = [:]
+    for frame in outcome.frames {
+      precondition(frame.number > newest[frame.flowHash] ?? -1, "a flow keeps its order")
+      newest[frame.flowHash] = frame.number
+    }
+    outcome.frames.sort { $0.number < $1.number }
     return outcome
   }
 
