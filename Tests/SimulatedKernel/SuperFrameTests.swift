@@ -119,8 +119,8 @@ struct Bench: ~Copyable {
     stage.transmit(frame, canHoldBack: true, &memory, counters)
   }
 
-  /// Puts frames into a slot as a VXLAN train brings them, all as long as the first but perhaps the last, and hands them
-  /// to the stage as one run.
+  /// Puts frames into a slot as a VXLAN train brings them, all as long as the first but perhaps the last, and hands
+  /// them to the stage as one run.
   /// - Parameter stepDatagrams: from one of the frames to the next; between them lie others.
   mutating func transmit(run frames: [[UInt8]], to egress: InterfaceIndex, stepDatagrams: Int = 1) {
     let slot = memory.post()!

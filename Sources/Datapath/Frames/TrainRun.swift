@@ -1,7 +1,7 @@
 /// Frames of one received train that are of one flow and go the same way, in order, perhaps with others between them: a
 /// descriptor whose `offset` is where the train's first frame starts, `trainSegmentBytes` the distance from one to the
-/// next, `trainMembers` which of them are in the run, `wireFrames` their number, and `length` the bytes of these, without
-/// what is between them.
+/// next, `trainMembers` which of them are in the run, `wireFrames` their number, and `length` the bytes of these,
+/// without what is between them.
 public struct TrainRun {
   public let descriptor: Descriptor
   /// Of each frame but the train's last, which may be shorter.
