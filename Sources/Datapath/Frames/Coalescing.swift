@@ -190,8 +190,8 @@ public struct Coalescer: BitwiseCopyable, Hashable, Sendable {
       == next.byteCount &- networkOffset &- IPv6Header.bytes
   }
 
-  /// Whether the second frame may have the first's identification. TCP's segments, for which DF would allow it too, come
-  /// out as they were.
+  /// Whether the second frame may have the first's identification. TCP's segments, for which DF would allow it too,
+  /// come out as they were.
   private func mayHaveOneIdentification(_ first: RawSpan) -> Bool {
     guard frameCount == 1, !isTCP else { return false }
     return unsafe first.networkUInt8(at: networkOffset &+ 6) & 0x40 != 0

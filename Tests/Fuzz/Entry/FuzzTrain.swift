@@ -71,6 +71,7 @@ private struct Station: ~Copyable {
   static let vni: UInt32 = 42
   private static let domain = DomainIndex(0)
   private static let interfaceCount = 4
+  private static let drops = Counter.allCases.filter(\.isDrop)
 
   private let snapshot: Snapshot
   private var stage: RouteStage
@@ -171,7 +172,7 @@ private struct Station: ~Copyable {
   private var dropped: UInt64 {
     // Each drop counts at the domain, or at the underlay where none was found.
     (Self.interfaceCount...Self.interfaceCount + 1).reduce(0) { sum, place in
-      Counter.allCases.filter(\.isDrop).reduce(sum) { $0 + blocks[place].value($1) }
+      Self.drops.reduce(sum) { $0 + blocks[place].value($1) }
     }
   }
 
