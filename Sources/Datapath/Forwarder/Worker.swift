@@ -133,6 +133,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
         io.arm(Int(event.index), &memory)
       }
     }
+    if received.count > 0 { counters.worker.add(.receives, received.count) }
     if roles != .all { exchange() }
 
     // 3.
