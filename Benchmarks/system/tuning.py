@@ -29,12 +29,14 @@ SWEEPS = {
     "ring_entries": [64, 1_024, 4_096],
     "batch_frames": [1, 8, 16, 32, 128, 256],
     "batch_wait_us": [10, 50, 200],
-    "slots": [256, 4_096, 16_384],
+    "slots": [256, 4_096, 16_384, (128, PIPELINE)],
     "ring_depth_frames": [(depth, PIPELINE) for depth in (64, 256)],
     "ring_batch_frames": [(batch, PIPELINE) for batch in (1, 16, 256)],
     "send_buffer_bytes": [65_536, 212_992, 1_048_576],
     "receive_buffer_bytes": [65_536, 212_992, 1_048_576],
     "source_ports": [1, 2, 64],
+    "gso": ["false"],
+    "gro": ["false"],
     "huge_pages": ["on", "off"],
     "without": ["single-issuer", "deferred-work", "buffer-ring", "multishot-receive", "multishot-read", "fixed-files",
                 "restrictions"],
@@ -87,7 +89,7 @@ def keys():
     return [*documented(), *(setting.key for setting in settings())]
 
 
-SMOKE = (DEFAULTS, "batch_frames")
+SMOKE = (DEFAULTS, "batch_frames", "gso", "gro")
 
 
 def prepare(setting, lab):

@@ -77,7 +77,8 @@ private struct Bench: ~Copyable {
   var arrived: [SimulatedNetwork.Datagram] = []
 
   init(
-    _ kind: InterfaceRecord.Kind = .vxlan, operations: Int = 600, mtuBytes: Int = FrameMemory.payloadBytesMax
+    _ kind: InterfaceRecord.Kind = .vxlan, operations: Int = 600, mtuBytes: Int = FrameMemory.payloadBytesMax,
+    formsTrains: Bool = true
   ) throws {
     network = SimulatedNetwork(seed: 5)
     let (here, there) = (UnderlayAddress(ipv4: 0x0A00_0001), UnderlayAddress(ipv4: 0x0A00_0002))
@@ -85,7 +86,7 @@ private struct Bench: ~Copyable {
     receiver = network.openSocket(there, port: 4789)
     io = SimulatedIO(network, chainFramesMax: 16)
     memory = try FrameMemory(slotCount: 24, hugePages: false)
-    stage = TransmitStage(laneCount: 2, operationCount: operations)
+    stage = TransmitStage(laneCount: 2, operationCount: operations, formsTrains: formsTrains)
     counters = CounterTable(
       interfaceCount: 3, domainCount: 1, worker: others[0].writer, underlay: others[1].writer)
     counters.set(DomainIndex(0), domain.writer)
@@ -178,6 +179,20 @@ private struct Bench: ~Copyable {
     let (isAllBack, sumsHold) = (bench.isAllBack, bench.holds(Bench.link))
     #expect(isAllBack && sumsHold)
     #expect(bench.network.violations.isEmpty)
+  }
+
+  @Test("segments leave in trains, where these are wanted", arguments: [true, false])
+  func trainsAreOptional(formsTrains: Bool) throws {
+    var bench = try Bench(formsTrains: formsTrains)
+    let made = try MadeSuperFrame(payloadBytes: 60_000, segmentBytes: 1_448)
+    bench.transmit(made, to: Bench.link)
+    bench.settle()
+    let arrived = bench.arrived.map { Array($0.bytes.dropFirst(8)) }
+    #expect(arrived == made.segments)
+    let counts = [Counter.trains, .trainFrames].map { Int(bench.others[0].value($0)) }
+    #expect(counts == (formsTrains ? [1, made.count] : [0, 0]))
+    let (isAllBack, sumsHold) = (bench.isAllBack, bench.holds(Bench.link))
+    #expect(isAllBack && sumsHold)
   }
 
   @Test("a port gets the whole with its offload header, counted as its segments")

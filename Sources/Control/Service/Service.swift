@@ -171,7 +171,7 @@ public final class Service {
         for worker in plan.receivers {
           let descriptor = try UnderlaySocket.receive(
             on: address, port: udpPort, encapsulation: configured.onTheWire, isShared: isShared,
-            bufferBytes: tuning.receiveBufferBytes)
+            bufferBytes: tuning.receiveBufferBytes, takesTrains: tuning.gro)
           underlaySockets.append(
             UnderlayState(
               worker: worker, source: plan.source(family: family, encapsulation: number),
@@ -286,6 +286,7 @@ public final class Service {
       settings.worker.interfaces = plan.interfaceCount
       settings.worker.domains = plan.domains.count
       settings.worker.operations = tuning.slots * 8
+      settings.worker.formsTrains = tuning.gso
       let worker = try WorkerThread(settings, controlWaker: waker, snapshot: snapshot)
       workers.append(worker)
       interfaceCounters.append((0..<plan.interfaceCount).map { _ in CounterBlock() })

@@ -20,6 +20,8 @@ struct TransmitStage: ~Copyable {
   private var dirty: FixedArray<UInt32>
   private var dirtyCount = 0
   private var lastFlushSecond: UInt32 = 0
+  /// Of each lane that is opened.
+  private let trainFramesMax: UInt32
 
   struct Lane: BitwiseCopyable {
     var kind = LaneKind.tap
@@ -51,7 +53,8 @@ struct TransmitStage: ~Copyable {
     case failed
   }
 
-  init(laneCount: Int, operationCount: Int) {
+  init(laneCount: Int, operationCount: Int, formsTrains: Bool = true) {
+    trainFramesMax = formsTrains ? UInt32(SendPool.trainFramesMax) : 1
     pool = SendPool(count: operationCount)
     lanes = FixedArray(repeating: Lane(), count: laneCount)
     dirty = FixedArray(repeating: 0, count: laneCount)
@@ -60,7 +63,7 @@ struct TransmitStage: ~Copyable {
   mutating func open(
     _ lane: Int, _ kind: LaneKind, interface: InterfaceIndex, descriptor: Int32, _ io: inout some WorkerIO & ~Copyable
   ) {
-    lanes[lane] = Lane(kind: kind, interface: interface, state: .open)
+    lanes[lane] = Lane(kind: kind, interface: interface, state: .open, trainFramesMax: trainFramesMax)
     io.openLane(lane, kind, descriptor: descriptor)
   }
 
