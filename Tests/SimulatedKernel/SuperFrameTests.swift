@@ -4,34 +4,40 @@ import Testing
 @testable import Datapath
 @testable import SimulatedKernel
 
-/// A TCP super-frame over IPv4. That its segments are right is shown where they are made; here they are what must
+/// A TCP or UDP super-frame over IPv4. That its segments are right is shown where they are made; here they are what must
 /// arrive.
 private struct MadeSuperFrame {
-  static let headerBytes = 14 + 20 + 20
-
+  let headerBytes: Int
   var bytes: [UInt8]
   var offload: OffloadHeader
   private let whole: SuperFrame
 
-  init(destination: UInt64 = 0x02_0000_0000_0B, payloadBytes: Int, segmentBytes: Int) throws {
-    let transportBytes = 20 + payloadBytes
-    var bytes = (0..<Self.headerBytes + payloadBytes).map { UInt8(truncatingIfNeeded: $0 &* 7 &+ $0 >> 8) }
+  init(destination: UInt64 = 0x02_0000_0000_0B, payloadBytes: Int, segmentBytes: Int, isUDP: Bool = false) throws {
+    let transportBytes = (isUDP ? 8 : 20) + payloadBytes
+    let ipProtocol = isUDP ? IPProtocol.udp : IPProtocol.tcp
+    headerBytes = 14 + 20 + transportBytes - payloadBytes
+    var bytes = (0..<headerBytes + payloadBytes).map { UInt8(truncatingIfNeeded: $0 &* 7 &+ $0 >> 8) }
     var elements = bytes.mutableSpan
     var frame = unsafe elements.mutableBytes
     EthernetHeader(
       destination: MACAddress(bits: destination), source: MACAddress(bits: 0x02_0000_0000_0A), etherType: EtherType.ipv4
     ).write(into: &frame)
     IPv4Header(
-      typeOfService: 0xB8, totalBytes: 20 + transportBytes, ipProtocol: IPProtocol.tcp, source: 1, destination: 2
+      typeOfService: 0xB8, totalBytes: 20 + transportBytes, ipProtocol: ipProtocol, source: 1, destination: 2
     ).write(into: &frame, at: 14)
     let pseudoHeader = InternetChecksum.pseudoHeader(
-      source: UInt32(1), destination: UInt32(2), ipProtocol: IPProtocol.tcp, length: transportBytes)
-    TCPHeader(sourcePort: 40000, destinationPort: 5201, checksum: InternetChecksum.fold(pseudoHeader))
-      .write(into: &frame, at: 34)
+      source: UInt32(1), destination: UInt32(2), ipProtocol: ipProtocol, length: transportBytes)
+    let sum = InternetChecksum.fold(pseudoHeader)
+    if isUDP {
+      UDPHeader(sourcePort: 40000, destinationPort: 5201, totalBytes: transportBytes, checksum: sum)
+        .write(into: &frame, at: 34)
+    } else {
+      TCPHeader(sourcePort: 40000, destinationPort: 5201, checksum: sum).write(into: &frame, at: 34)
+    }
     self.bytes = bytes
     offload = OffloadHeader(
-      flags: OffloadHeader.flagNeedsChecksum, gsoType: 1, headerLength: 9999, gsoSize: UInt16(segmentBytes),
-      checksumStart: 34, checksumOffset: 16, bufferCount: 1)
+      flags: OffloadHeader.flagNeedsChecksum, gsoType: isUDP ? 5 : 1, headerLength: 9999, gsoSize: UInt16(segmentBytes),
+      checksumStart: 34, checksumOffset: isUDP ? 6 : 16, bufferCount: 1)
     whole = unsafe try #require(SuperFrame(bytes.span.bytes, offload))
   }
 
@@ -39,7 +45,7 @@ private struct MadeSuperFrame {
 
   var segments: [[UInt8]] {
     (0..<count).map { number in
-      var headers = [UInt8](repeating: 0, count: Self.headerBytes)
+      var headers = [UInt8](repeating: 0, count: headerBytes)
       var elements = headers.mutableSpan
       var room = unsafe elements.mutableBytes
       unsafe whole.writeHeaders(ofSegment: number, of: bytes.span.bytes, into: &room)
@@ -50,7 +56,8 @@ private struct MadeSuperFrame {
 
   /// What is written before the whole: the guest's hint of the headers' length is ours now.
   var virtioHeader: [UInt8] {
-    let fields = [UInt16(0x0101), UInt16(Self.headerBytes), offload.gsoSize, 34, 16, 0]
+    let kind = UInt16(offload.gsoType) << 8 | UInt16(OffloadHeader.flagNeedsChecksum)
+    let fields = [kind, UInt16(headerBytes), offload.gsoSize, 34, offload.checksumOffset, 0]
     return fields.flatMap { [UInt8($0 & 0xFF), UInt8($0 >> 8)] }
   }
 }
@@ -78,7 +85,7 @@ private struct Bench: ~Copyable {
 
   init(
     _ kind: InterfaceRecord.Kind = .vxlan, operations: Int = 600, mtuBytes: Int = FrameMemory.payloadBytesMax,
-    formsTrains: Bool = true
+    formsTrains: Bool = true, takesUDPSuperFrames: Bool = true
   ) throws {
     network = SimulatedNetwork(seed: 5)
     let (here, there) = (UnderlayAddress(ipv4: 0x0A00_0001), UnderlayAddress(ipv4: 0x0A00_0002))
@@ -92,7 +99,10 @@ private struct Bench: ~Copyable {
     counters.set(DomainIndex(0), domain.writer)
     counters.set(Self.ingress, InterfaceRecord(.packet, laneFirst: 0, laneCount: 0, counters: blocks[0].writer))
     counters.set(
-      Self.port, InterfaceRecord(.tap, laneFirst: 0, laneCount: 1, mtuBytes: mtuBytes, counters: blocks[1].writer))
+      Self.port,
+      InterfaceRecord(
+        .tap, laneFirst: 0, laneCount: 1, mtuBytes: mtuBytes, takesUDPSuperFrames: takesUDPSuperFrames,
+        counters: blocks[1].writer))
     counters.set(
       Self.link, InterfaceRecord(kind, laneFirst: 1, laneCount: 1, mtuBytes: mtuBytes, counters: blocks[2].writer))
     stage.open(0, .tap, interface: Self.port, descriptor: network.openQueue(device: device), &io)
@@ -113,6 +123,24 @@ private struct Bench: ~Copyable {
     descriptor.wireFrames = UInt16(wireFrames ?? made.count)
     var head = memory.mutableHead(of: descriptor)
     for (place, byte) in made.bytes.enumerated() { head.storeBytes(of: byte, toByteOffset: place, as: UInt8.self) }
+    let frame = RoutedFrame(descriptor: descriptor, target: .unicast(egress), vni: Self.vni)
+    stage.transmit(frame, canHoldBack: true, &memory, counters)
+  }
+
+  /// Puts frames of one length but the last into a slot, as a train of VNET/P brings them, and hands them to the stage.
+  mutating func transmit(train frames: [[UInt8]], to egress: InterfaceIndex) {
+    let slot = memory.post()!
+    memory.received(slot)
+    let bytes = frames.flatMap(\.self)
+    var descriptor = Descriptor(
+      buffer: BufferReference(slot: slot), offset: FrameMemory.headroomBytes, length: bytes.count, ingress: Self.ingress
+    )
+    descriptor.domain = DomainIndex(0)
+    descriptor.encapsulation = .vnetp
+    descriptor.trainSegmentBytes = UInt16(frames[0].count)
+    descriptor.wireFrames = UInt16(frames.count)
+    var head = memory.mutableHead(of: descriptor)
+    for (place, byte) in bytes.enumerated() { head.storeBytes(of: byte, toByteOffset: place, as: UInt8.self) }
     let frame = RoutedFrame(descriptor: descriptor, target: .unicast(egress), vni: Self.vni)
     stage.transmit(frame, canHoldBack: true, &memory, counters)
   }
@@ -209,6 +237,38 @@ private struct Bench: ~Copyable {
     #expect(counts == [14, 14, made.bytes.count])
     let (isAllBack, sumsHold) = (bench.isAllBack, bench.holds(Bench.port))
     #expect(isAllBack && sumsHold)
+  }
+
+  @Test(
+    "a port whose kernel knows no UDP super-frames gets their datagrams; TCP's go whole as ever",
+    arguments: [true, false], [true, false])
+  func portWithoutUDPSuperFrames(isUDP: Bool, takesUDP: Bool) throws {
+    let goesWhole = takesUDP || !isUDP
+    let made = try MadeSuperFrame(payloadBytes: 20_000, segmentBytes: 1_400, isUDP: isUDP)
+    let plainHeader = [UInt8](repeating: 0, count: 12)
+
+    var bench = try Bench(takesUDPSuperFrames: takesUDP)
+    bench.transmit(made, to: Bench.port)
+    bench.settle()
+    let written = bench.network.takeWritten(device: bench.device)
+    #expect(written.map(\.frame) == (goesWhole ? [made.bytes] : made.segments))
+    #expect(Set(written.map(\.virtioHeader)) == [goesWhole ? made.virtioHeader : plainHeader])
+    let sent = bench.value(Bench.port, .outFrames)
+    #expect(sent == 15)
+    let (isAllBack, sumsHold) = (bench.isAllBack, bench.holds(Bench.port))
+    #expect(isAllBack && sumsHold)
+
+    // The same frames from a link: joined only where they may be.
+    var other = try Bench(takesUDPSuperFrames: takesUDP)
+    other.transmit(train: made.segments, to: Bench.port)
+    other.settle()
+    let joined = other.network.takeWritten(device: other.device)
+    #expect(joined.map(\.frame) == (goesWhole ? [made.bytes] : made.segments))
+    #expect(Set(joined.map(\.virtioHeader)) == [goesWhole ? made.virtioHeader : plainHeader])
+    let sentOfTrain = other.value(Bench.port, .outFrames)
+    #expect(sentOfTrain == 15)
+    let (isBack, sumsHoldToo) = (other.isAllBack, other.holds(Bench.port))
+    #expect(isBack && sumsHoldToo)
   }
 
   @Test("segments beyond a lane's queue are dropped, the front ones go")

@@ -209,6 +209,9 @@ public final class Service {
     }
     ports[port].device = device
     ports[port].wasMade = device.wasMade
+    for (what, why, remedy) in device.shortcomings(offloads: configured.offloads) {
+      log.warning("\(what)", metadata: ["device": "\(configured.device)", "why": "\(why)", "remedy": "\(remedy)"])
+    }
     log.info(
       "port",
       metadata: [
@@ -333,6 +336,7 @@ public final class Service {
     InterfaceRecord(
       plan.ports[port].kind.record, laneFirst: plan.lane(port: port), laneCount: 1, mtuBytes: ports[port].mtuBytes,
       takesSuperFrames: plan.ports[port].offloads,
+      takesUDPSuperFrames: ports[port].device?.takesUDPSuperFrames ?? true,
       counters: interfaceCounters[worker][plan.interface(port: port).index].writer)
   }
 

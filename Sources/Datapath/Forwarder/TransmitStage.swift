@@ -107,13 +107,14 @@ struct TransmitStage: ~Copyable {
     _ memory: inout FrameMemory, _ counters: borrowing CounterTable
   ) {
     let record = counters[egress]
-    guard let whole = superFrame(descriptor, mustBeInOnePiece: !record.takesSuperFrames, memory) else {
+    let goesWhole = record.takesWhole(isUDP: descriptor.offload.segmentation == .udp)
+    guard let whole = superFrame(descriptor, mustBeInOnePiece: !goesWhole, memory) else {
       // Whoever sent it is to blame, not where it would go: it was never offered here.
       return drop(.dropBadOffload, descriptor, descriptor.ingress, &memory, counters)
     }
     let longest = UInt32(truncatingIfNeeded: whole.segmentBytesMax)
     guard let index = lane(for: descriptor, longest, egress, record, canHoldBack, &memory, counters) else { return }
-    if !record.takesSuperFrames {
+    if !goesWhole {
       joinSegments(of: whole, index, descriptor, egress, Self.header(record.kind, vni), &memory, counters)
     } else {
       var offload = descriptor.offload
@@ -141,7 +142,7 @@ struct TransmitStage: ~Copyable {
         break
       }
       memory.hold(run.descriptor.buffer, adding: 1)
-      let joined = record.takesSuperFrames ? joinFrames(of: run, from: number, index, egress, &memory) : 1
+      let joined = record.takesSuperFrames ? joinFrames(of: run, from: number, index, egress, record, &memory) : 1
       if joined == 1 { join(index, run.frame(number), egress, header, &memory, counters) }
       number += joined
     }
@@ -159,10 +160,11 @@ struct TransmitStage: ~Copyable {
   /// Queues the longest super-frame that the frames from one on make; returns how many they are. 1: it makes none, and
   /// nothing was queued.
   private mutating func joinFrames(
-    of run: TrainRun, from number: Int, _ index: Int, _ egress: InterfaceIndex, _ memory: inout FrameMemory
+    of run: TrainRun, from number: Int, _ index: Int, _ egress: InterfaceIndex, _ record: InterfaceRecord,
+    _ memory: inout FrameMemory
   ) -> Int {
     guard number + 1 < run.count, pool.mayJoin, let rest = run.from(number),
-      var joined = Coalescer(memory.head(of: rest.frame(0)))
+      var joined = Coalescer(memory.head(of: rest.frame(0))), record.takesWhole(isUDP: !joined.isTCP)
     else { return 1 }
     while joined.frameCount < rest.count, !joined.isComplete,
       joined.join(memory.head(of: rest.frame(0)), memory.head(of: rest.frame(joined.frameCount)))
