@@ -2,8 +2,7 @@
 
 import forwarders
 import measures
-import rounds
-from results import Result, measure, number
+from results import measure, number
 
 NAME = "io"
 TITLE = "A system call a packet, batches of them, and io_uring"
@@ -36,6 +35,7 @@ HOW = [
 ]
 # io_uring's defaults, and what they are to reach at load: calls a frame, trains as one.
 DEFAULTS = "uring-64"
+REFERENCES = ("syscalls-1", DEFAULTS)
 ENTERS_MAX, ENTERS_BETTER = 0.05, 0.02
 
 
@@ -45,13 +45,12 @@ class Way(forwarders.VnetrForwarder):
         title = KINDS[kind][0] + (", one a packet" if kind == "syscalls" and batch == 1 else f", batches of {batch}")
         super().__init__(f"{kind}-{batch}", title, flags=("--io", kind, "--batch-frames", batch))
 
+    def facts(self):
+        return {"kind": self.kind, "batch": self.batch}
 
-def ways():
+
+def subjects():
     return [Way(kind, batch) for kind, (_, batches) in KINDS.items() for batch in batches]
-
-
-def keys():
-    return [way.key for way in ways()]
 
 
 SMOKE = ("syscalls-1", "syscalls-64", "uring-64")
@@ -85,37 +84,18 @@ def work(effort):
     return measured
 
 
-def targets_table(result):
+def tables(result):
     rows = []
     for key, title, _ in WORKS:
         value = result.median(DEFAULTS, key + "_receive_enters")
         verdict = ("not measured" if value is None else "better reached" if value <= ENTERS_BETTER
                    else "reached" if value <= ENTERS_MAX else "NOT reached")
         rows.append([title, f"≤ {ENTERS_MAX}", f"≤ {ENTERS_BETTER}", number(value, 3), verdict])
-    return {"title": "Targets for vnetr: calls of `io_uring_enter` a frame, trains as one",
-            "columns": ["work", "at least", "better", "here", "verdict"], "rows": rows}
-
-
-def run(options, effort):
-    subjects = {way.key: way for way in ways() if not options.only or way.key in options.only}
-    result = Result.new(
-        NAME, TITLE, MEASURES,
-        [{"key": each.key, "title": each.title, "kind": each.kind, "batch": each.batch} for each in subjects.values()],
-        options.shown(), HOW, [key for key in ("syscalls-1", "uring-64") if key in subjects])
-    rounds.run(result, subjects, options.rounds, effort, forwarders.set_up, work(effort))
-    result.document["versions"] = {"kernel": forwarders.kernel_version()}
-    result.document["tables"].append(targets_table(result))
-    return result
+    return [{"title": "Targets for vnetr: calls of `io_uring_enter` a frame, trains as one",
+             "columns": ["work", "at least", "better", "here", "verdict"], "rows": rows}]
 
 
 def plot(result):
     import plots
-    panels = []
-    for column in result.measures:
-        series = {}
-        for subject in result.measured_subjects():
-            three = result.three(subject["key"], column["key"])
-            if three:
-                series.setdefault(KINDS[subject["kind"]][0], []).append((subject["batch"], three))
-        panels.append({"title": plots.label(column), "x": "frames a batch", "base": 2, "series": series})
-    return plots.lines(panels)
+    return plots.lines(plots.growth(
+        result, lambda way: KINDS[way["kind"]][0], lambda way: way["batch"], x="frames a batch", base=2))

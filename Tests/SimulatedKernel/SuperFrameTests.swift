@@ -4,8 +4,8 @@ import Testing
 @testable import Datapath
 @testable import SimulatedKernel
 
-/// A TCP or UDP super-frame over IPv4. That its segments are right is shown where they are made; here they are what must
-/// arrive.
+/// A TCP or UDP super-frame over IPv4. That its segments are right is shown where they are made; here they are what
+/// must arrive.
 private struct MadeSuperFrame {
   let headerBytes: Int
   var bytes: [UInt8]

@@ -50,8 +50,8 @@ final class LayoutScene: Sendable {
   let name: String
   let snapshot: Snapshot
   let load: MemoryIO.Load
-  /// After so long a turn another thread had the core, which says nothing of the layout: such turns and their frames are
-  /// left out. A turn of at most 64 frames takes some 5 µs, one of as many super-frames some 300.
+  /// After so long a turn another thread had the core, which says nothing of the layout: such turns and their frames
+  /// are left out. A turn of at most 64 frames takes some 5 µs, one of as many super-frames some 300.
   let turnNanosecondsMax: UInt64
 
   init?(_ traffic: Traffic) {

@@ -67,8 +67,8 @@ public enum UnderlaySocket {
   /// - Parameters:
   ///   - isShared: whether several workers bind the same address, each to a share of the flows (SO_REUSEPORT).
   ///   - bufferBytes: receive buffer; beyond the system's limit only with CAP_NET_ADMIN.
-  ///   - takesTrains: whether datagrams of one flow come as one train (UDP_GRO). A kernel before 5.0 has no such option,
-  ///     and they come singly.
+  ///   - takesTrains: whether datagrams of one flow come as one train (UDP_GRO). A kernel before 5.0 has no such
+  ///     option, and they come singly.
   public static func receive(
     on address: UnderlayAddress, port: UInt16, encapsulation: Encapsulation, isShared: Bool, bufferBytes: Int,
     takesTrains: Bool = true
