@@ -41,6 +41,12 @@ class Forwarder:
     needs, package = (), ""
     # What it adds to a guest's frame on the underlay, its Ethernet header counted in; None where that varies.
     added_bytes = None
+    # What `--only` names it by, with others, beside its key; whether it is measured whatever `--only` says.
+    part, is_always = None, False
+
+    def facts(self):
+        """What the result keeps of it, beside key and title."""
+        return {"group": self.group}
 
     def check(self):
         missing = [command for command in self.needs if not shutil.which(command, path=search_path())]
@@ -189,18 +195,44 @@ class OpenVSwitch(Forwarder):
         lab.ip(host, "link", "set", "br0", "up")
 
 
-class Tinc(Forwarder):
-    """Switch mode, without cipher and digest."""
+class TapForwarder(Forwarder):
+    """A process on each host that makes a TAP device, or a TUN, for the guest."""
 
-    key, title, group = "tinc", "tinc", USER_SPACE_LAYER_2
-    needs, package = ("tincd",), "tinc"
-    # Made once: they take longer than a measurement. By side: files of the configuration's folder.
-    keys = {}
+    group = USER_SPACE_LAYER_2
 
     def set_up(self, lab):
         lab.join_hosts(UNDERLAY_MTU_BYTES)
         lab.guests()
-        folders = {side: lab.folder / ("tinc" + side) for side in SIDES}
+        self.begin(lab)
+        processes = {side: self.start(lab, side) for side in SIDES}
+        for side, process in processes.items():
+            lab.plug_device(side, self.device(side), process)
+        self.settle(lab)
+
+    def begin(self, lab):
+        """What comes before the processes."""
+
+    def start(self, lab, side):
+        """Starts and returns the process of a side."""
+        raise NotImplementedError
+
+    def device(self, _side):
+        return "vm1"
+
+    def settle(self, lab):
+        """What comes when the guests have their devices."""
+
+
+class Tinc(TapForwarder):
+    """Switch mode, without cipher and digest."""
+
+    key, title = "tinc", "tinc"
+    needs, package = ("tincd",), "tinc"
+    # Made once: they take longer than a measurement. By side: files of the configuration's folder.
+    keys = {}
+
+    def begin(self, lab):
+        folders = {side: self._folder(lab, side) for side in SIDES}
         for side, folder in folders.items():
             (folder / "hosts").mkdir(parents=True)
             (folder / "tinc.conf").write_text(
@@ -217,127 +249,116 @@ class Tinc(Forwarder):
                 host.write_text(self.keys[side][1])
         for side, folder in folders.items():
             (folder / "hosts" / other(side)).write_text(self.keys[other(side)][1])
-            lab.start("host" + side, "tincd", "-D", "-c", folder, f"--pidfile={folder}/pid")
-        for side in SIDES:
-            lab.plug_device(side, "vm1")
+
+    def _folder(self, lab, side):
+        return lab.folder / ("tinc" + side)
+
+    def start(self, lab, side):
+        folder = self._folder(lab, side)
+        return lab.start("host" + side, "tincd", "-D", "-c", folder, f"--pidfile={folder}/pid")
+
+    def settle(self, lab):
         # Until it has found out what the underlay carries it goes by TCP.
         lab.await_guests()
         lab.run("guestA", "ping", "-c", 20, "-i", 0.1, "-s", 1472, "-q", GUEST_ADDRESS["B"], check=False)
         time.sleep(1)
 
 
-class Socat(Forwarder):
-    key, title, group = "socat", "socat", USER_SPACE_LAYER_2
+class Socat(TapForwarder):
+    key, title = "socat", "socat"
     needs, package = ("socat",), "socat"
     # The bare frame in UDP: Ethernet 14, IPv4 20, UDP 8.
     added_bytes = 42
 
-    def set_up(self, lab):
-        lab.join_hosts(UNDERLAY_MTU_BYTES)
-        lab.guests()
-        for side in SIDES:
-            lab.start("host" + side, "socat", "-b", 65536, "TUN,tun-type=tap,tun-name=vm1,iff-no-pi,up",
-                      f"UDP4-DATAGRAM:{HOST_ADDRESS[other(side)]}:4789,bind={HOST_ADDRESS[side]}:4789")
-        for side in SIDES:
-            lab.plug_device(side, "vm1")
+    def start(self, lab, side):
+        return lab.start("host" + side, "socat", "-b", 65536, "TUN,tun-type=tap,tun-name=vm1,iff-no-pi,up",
+                         f"UDP4-DATAGRAM:{HOST_ADDRESS[other(side)]}:4789,bind={HOST_ADDRESS[side]}:4789")
 
 
-class VDE(Forwarder):
+class VDE(TapForwarder):
     """A plug on a TAP wired to one on UDP."""
 
-    key, title, group = "vde", "VDE", USER_SPACE_LAYER_2
+    key, title = "vde", "VDE"
     needs, package = ("vde_plug",), "vdeplug"
     added_bytes = 42
 
-    def set_up(self, lab):
-        lab.join_hosts(UNDERLAY_MTU_BYTES)
-        lab.guests()
-        for side in SIDES:
-            host = "host" + side
-            lab.ip(host, "tuntap", "add", "vm1", "mode", "tap")
-            lab.ip(host, "link", "set", "vm1", "up")
-            lab.start(host, "vde_plug", "tap://vm1",
-                      f"udp://{HOST_ADDRESS[side]}:4789->{HOST_ADDRESS[other(side)]}:4789")
-            lab.until(lambda host=host: "LOWER_UP" in lab.ip(host, "link", "show", "vm1"), 10, "vde_plug",
-                      lab.processes[-1])
-        for side in SIDES:
-            lab.plug_device(side, "vm1")
+    def start(self, lab, side):
+        host = "host" + side
+        lab.ip(host, "tuntap", "add", "vm1", "mode", "tap")
+        lab.ip(host, "link", "set", "vm1", "up")
+        process = lab.start(
+            host, "vde_plug", "tap://vm1", f"udp://{HOST_ADDRESS[side]}:4789->{HOST_ADDRESS[other(side)]}:4789")
+        lab.until(lambda: "LOWER_UP" in lab.ip(host, "link", "show", "vm1"), 10, "vde_plug", process)
+        return process
 
 
-class N2N(Forwarder):
+class N2N(TapForwarder):
     """Edges on both hosts and a supernode on host A. It always encrypts (Twofish)."""
 
-    key, title, group = "n2n", "n2n", USER_SPACE_LAYER_2
+    key, title = "n2n", "n2n"
     needs, package = ("edge", "supernode"), "n2n"
 
-    def set_up(self, lab):
-        lab.join_hosts(UNDERLAY_MTU_BYTES)
-        lab.guests()
+    def begin(self, lab):
         lab.start("hostA", "supernode", "-l", 7654)
         time.sleep(0.2)
-        for side in SIDES:
-            mac = "02:00:00:00:00:0" + side.lower()
-            lab.start("host" + side, "edge", "-d", "vm1", "-a", GUEST_ADDRESS[side], "-c", "bench", "-k", "bench",
-                      "-l", f"{HOST_ADDRESS['A']}:7654", "-m", mac, "-M", GUEST_MTU_BYTES, "-p", 7655, "-r")
-        for side in SIDES:
-            lab.plug_device(side, "vm1")
+
+    def start(self, lab, side):
+        mac = "02:00:00:00:00:0" + side.lower()
+        return lab.start("host" + side, "edge", "-d", "vm1", "-a", GUEST_ADDRESS[side], "-c", "bench", "-k", "bench",
+                         "-l", f"{HOST_ADDRESS['A']}:7654", "-m", mac, "-M", GUEST_MTU_BYTES, "-p", 7655, "-r")
+
+    def settle(self, lab):
         lab.await_guests()
         # Until the edges know each other the supernode relays.
         time.sleep(2)
 
 
-class OpenVPN(Forwarder):
+class OpenVPN(TapForwarder):
     """TAP over UDP, point to point, without cipher, digest and TLS."""
 
-    key, title, group = "openvpn", "OpenVPN TAP", USER_SPACE_LAYER_2
+    key, title = "openvpn", "OpenVPN TAP"
     needs, package = ("openvpn",), "openvpn"
 
-    def set_up(self, lab):
-        lab.join_hosts(UNDERLAY_MTU_BYTES)
-        lab.guests()
-        for side in SIDES:
-            lab.start(
-                "host" + side, "openvpn", "--dev", "vm1", "--dev-type", "tap", "--proto", "udp",
-                "--local", HOST_ADDRESS[side], "--remote", HOST_ADDRESS[other(side)], "--port", 1194,
-                "--tun-mtu", GUEST_MTU_BYTES, "--mssfix", 0, "--fast-io", "--sndbuf", 0, "--rcvbuf", 0,
-                "--txqueuelen", 1000, "--cipher", "none", "--auth", "none")
-        for side in SIDES:
-            lab.until(lambda side=side: lab.has_device("host" + side, "vm1"), 10, "openvpn",
-                      lab.processes[SIDES.index(side) - len(SIDES)])
-            lab.plug_device(side, "vm1")
+    def start(self, lab, side):
+        return lab.start(
+            "host" + side, "openvpn", "--dev", "vm1", "--dev-type", "tap", "--proto", "udp",
+            "--local", HOST_ADDRESS[side], "--remote", HOST_ADDRESS[other(side)], "--port", 1194,
+            "--tun-mtu", GUEST_MTU_BYTES, "--mssfix", 0, "--fast-io", "--sndbuf", 0, "--rcvbuf", 0,
+            "--txqueuelen", 1000, "--cipher", "none", "--auth", "none")
 
 
-class WireGuardGo(Forwarder):
+class WireGuardGo(TapForwarder):
     """Encrypted, and layer 3: here for scale."""
 
     key, title, group = "wireguard-go", "wireguard-go", USER_SPACE_LAYER_3
     needs, package = ("wireguard-go", "wg"), "wireguard-go wireguard-tools"
+    public = {}
 
     def version(self):
         return debian_version("wireguard-go")
 
-    def set_up(self, lab):
-        lab.join_hosts(UNDERLAY_MTU_BYTES)
-        lab.guests()
-        public = {}
+    def begin(self, lab):
+        self.public = {}
         for side in SIDES:
             private = lab.run(None, "wg", "genkey")
             key = lab.folder / ("key" + side)
             key.touch(0o600)
             key.write_text(private)
-            public[side] = lab.run(None, "wg", "pubkey", text=private).strip()
-        for side in SIDES:
-            host = "host" + side
-            # Its control socket's folder is common to all namespaces, so the names are not the same on both hosts.
-            device = f"wg{side}{os.getpid()}"
-            lab.start(host, "wireguard-go", "--foreground", device, environment={"LOG_LEVEL": "error"})
-            process = lab.processes[-1]
-            socket = pathlib.Path(f"/var/run/wireguard/{device}.sock")
-            lab.until(socket.exists, 10, "wireguard-go", process)
-            lab.run(host, "wg", "set", device, "listen-port", 51820, "private-key", lab.folder / ("key" + side),
-                    "peer", public[other(side)], "endpoint", HOST_ADDRESS[other(side)] + ":51820",
-                    "allowed-ips", "10.1.0.0/24")
-            lab.plug_device(side, device)
+            self.public[side] = lab.run(None, "wg", "pubkey", text=private).strip()
+
+    def device(self, side):
+        # Its control socket's folder is common to all namespaces, so the names are not the same on both hosts.
+        return f"wg{side}{os.getpid()}"
+
+    def start(self, lab, side):
+        host, device = "host" + side, self.device(side)
+        process = lab.start(host, "wireguard-go", "--foreground", device, environment={"LOG_LEVEL": "error"})
+        socket = pathlib.Path(f"/var/run/wireguard/{device}.sock")
+        lab.until(socket.exists, 10, "wireguard-go", process)
+        lab.run(host, "wg", "set", device, "listen-port", 51820, "private-key", lab.folder / ("key" + side),
+                "peer", self.public[other(side)], "endpoint", HOST_ADDRESS[other(side)] + ":51820",
+                "allowed-ips", "10.1.0.0/24")
+        return process
 
 
 def set_up(forwarder, lab):

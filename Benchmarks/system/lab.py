@@ -183,9 +183,9 @@ class Lab:
         self.ip("host" + side, "link", "set", "vm1", "up")
         self.guest_up(side)
 
-    def plug_device(self, side, device):
-        """Gives a device that a forwarder made on the host to the guest, as its eth0."""
-        self.until(lambda: self.has_device("host" + side, device), 10, f"the device {device}")
+    def plug_device(self, side, device, maker=None):
+        """Gives a device that a forwarder, the process `maker`, made on the host to the guest, as its eth0."""
+        self.until(lambda: self.has_device("host" + side, device), 10, f"the device {device}", maker)
         self.ip("host" + side, "link", "set", device, "down")
         self.ip("host" + side, "link", "set", device, "netns", self.prefix + "guest" + side)
         if device != "eth0":

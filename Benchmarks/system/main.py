@@ -13,6 +13,7 @@ from forwarders import first_line
 from lab import Failure, interruption
 from measures import Effort
 from results import Result
+from rounds import measured
 
 BENCHMARKS = ("peers", "paper", "io", "tuning", "scale")
 MODULES = {"io": "input_output"}
@@ -52,10 +53,10 @@ def parsed():
     if options.smoke:
         options.rounds, options.seconds = 1, 1
         options.only = options.only or list(module(options.name).SMOKE)
-    known = module(options.name).keys()
+    known = {name for each in module(options.name).subjects() for name in (each.part, each.key) if name}
     for key in options.only:
         if key not in known:
-            parser.error(f"'{key}' is none of {', '.join(known)}")
+            parser.error(f"'{key}' is none of {', '.join(sorted(known))}")
     return options
 
 
@@ -113,7 +114,7 @@ def main():
     _, files_max = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, files_max))
     try:
-        result = benchmark.run(options, Effort(options.seconds, options.smoke))
+        result = measured(benchmark, options, Effort(options.seconds, options.smoke))
     except Failure as failure:
         print(f"bench: {failure}", file=sys.stderr)
         return 1

@@ -2,9 +2,8 @@
 
 import forwarders
 import measures
-import rounds
 import vnetr
-from results import Result, measure, number
+from results import measure, number
 
 NAME = "paper"
 TITLE = "The four modes of the VNET/P paper"
@@ -60,7 +59,7 @@ class Shaped(forwarders.Forwarder):
             lab.shape(role, device)
 
 
-def modes():
+def subjects():
     def encapsulating(encapsulation):
         return lambda side: vnetr.encapsulating(side, encapsulation)
 
@@ -74,11 +73,8 @@ def modes():
     return free + [Shaped(forwarder) for forwarder in free]
 
 
-def keys():
-    return [mode.key for mode in modes()]
-
-
-SMOKE = tuple(keys())
+SMOKE = tuple(mode.key for mode in subjects())
+REFERENCES = ("native", "native" + SHAPED)
 
 
 def work(effort):
@@ -115,7 +111,7 @@ def paper_table(result, suffix, where):
 def order_table(result):
     """Whether the modes come in the paper's order: round trips rise, throughput falls."""
     rows = []
-    names = {mode.key: mode.title for mode in modes()}
+    names = {mode.key: mode.title for mode in subjects()}
     for suffix, where in (("", "free"), (SHAPED, "1 Gb/s")):
         for key, title, rising in ((RTT, "RTT", True), (TCP, "TCP, 64 KB windows", False), (UDP, "UDP 1400 B", False)):
             found = [(mode, result.median(mode + suffix, key)) for mode in ORDER]
@@ -138,17 +134,8 @@ def verdict(found, rising):
     return "yes" if apart == 0 else f"no, by up to {100 * apart:.0f} %"
 
 
-def run(options, effort):
-    subjects = {mode.key: mode for mode in modes() if not options.only or mode.key in options.only}
-    result = Result.new(
-        NAME, TITLE, MEASURES,
-        [{"key": each.key, "title": each.title, "group": each.group} for each in subjects.values()],
-        options.shown(), HOW, [key for key in ("native", "native" + SHAPED) if key in subjects])
-    rounds.run(result, subjects, options.rounds, effort, forwarders.set_up, work(effort))
-    result.document["versions"] = {"kernel": forwarders.kernel_version()}
-    result.document["tables"] += [
-        paper_table(result, "", "free"), paper_table(result, SHAPED, "underlay of 1 Gb/s"), order_table(result)]
-    return result
+def tables(result):
+    return [paper_table(result, "", "free"), paper_table(result, SHAPED, "underlay of 1 Gb/s"), order_table(result)]
 
 
 def plot(result):

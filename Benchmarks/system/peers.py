@@ -2,8 +2,7 @@
 
 import forwarders
 import measures
-import rounds
-from results import Result, measure, number
+from results import measure, number
 
 NAME = "peers"
 # What a smoke run measures.
@@ -122,24 +121,12 @@ def result_title(result, key):
     return next((subject["title"] for subject in result.subjects if subject["key"] == key), key)
 
 
-def chosen(options):
-    return [forwarder for forwarder in forwarders.ALL if not options.only or forwarder.key in options.only]
+def subjects():
+    return forwarders.ALL
 
 
-def keys():
-    return [forwarder.key for forwarder in forwarders.ALL]
-
-
-def run(options, effort):
-    subjects = {forwarder.key: forwarder for forwarder in chosen(options)}
-    result = Result.new(
-        NAME, TITLE, MEASURES,
-        [{"key": each.key, "title": each.title, "group": each.group} for each in subjects.values()],
-        options.shown(), HOW, [key for key in REFERENCES if key in subjects])
-    rounds.run(result, subjects, options.rounds, effort, forwarders.set_up, work(effort))
-    if "vnetr" in subjects:
-        result.document["tables"].append(targets_table(result))
-    return result
+def tables(result):
+    return [targets_table(result)] if any(subject["key"] == "vnetr" for subject in result.subjects) else []
 
 
 def plot(result):

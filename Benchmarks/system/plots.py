@@ -54,6 +54,21 @@ def bars(result, is_ours, columns=3):
     return figure
 
 
+def growth(result, name, count, **panel):
+    """Panels for `lines`: for each measure a series for each name, over counts; `name` and `count` are functions of a
+    subject."""
+    panels = []
+    for column in result.measures:
+        series = {}
+        for subject in result.measured_subjects():
+            three = result.three(subject["key"], column["key"])
+            if three:
+                series.setdefault(name(subject), []).append((count(subject), three))
+        if series:
+            panels.append({"title": label(column), "series": series, **panel})
+    return panels
+
+
 def lines(panels, columns=3):
     """Each panel: title, label of x, whether x is logarithmic, and series by name: (x, (min, median, max)) points."""
     figure, axes = grid(len(panels), columns, 4.2, 2.6)

@@ -53,7 +53,8 @@ class Result:
 
     measures: columns as `measure` makes them; subjects: rows, each with key and title, and what else a benchmark wants;
     values: by subject's and measure's key one figure of each round, null where there is none; skipped: by subject's
-    key, why it did not run; failures: what went wrong, in words; tables: more tables, each with title, columns, rows.
+    key, why it did not run; failures: what went wrong, in words; tables: more tables, each with title, columns, rows,
+    and perhaps notes: lines below it.
     """
 
     def __init__(self, document):
@@ -197,7 +198,7 @@ class Result:
 
     def text(self):
         parts = ["\n".join(self.conditions())]
-        parts += [table["title"] + "\n" + aligned(table) for table in self.all_tables()]
+        parts += ["\n".join([table["title"], aligned(table), *table.get("notes", [])]) for table in self.all_tables()]
         parts.append("\n".join(self.remarks()))
         return "\n\n".join(part for part in parts if part)
 
@@ -208,6 +209,9 @@ class Result:
         lines += ["", f"![{document['title']}]({document['benchmark']}.svg)"]
         for table in self.all_tables():
             lines += ["", f"## {table['title']}", "", *piped(table)]
+            if table.get("notes"):
+                # What is indented belongs to the line before it.
+                lines += ["", *(f"{note[:len(note) - len(note.lstrip())]}- {note.lstrip()}" for note in table["notes"])]
         remarks = list(self.remarks())
         if remarks:
             lines += ["", "## Not measured", "", *(f"- {line}" for line in remarks)]

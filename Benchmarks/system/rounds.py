@@ -5,6 +5,7 @@ import time
 
 import forwarders
 from lab import Failure, Lab, OthersClock, Unavailable
+from results import Result
 
 # The share of a CPU that other programs and machines may take during a turn before it counts as disturbed.
 OTHERS_SHARE_MAX = 0.1
@@ -75,6 +76,29 @@ def undisturbed(effort, subject, prepare, work):
         if not turn.is_disturbed or turn.unavailable:
             break
     return best
+
+
+def measured(benchmark, options, effort):
+    """The result of a benchmark, a module that has
+
+    NAME, TITLE, MEASURES (columns), HOW (lines), REFERENCES (keys of those that others are divided by);
+    SMOKE and MAY_BE_MISSING: what a smoke run measures, and the figures that it may lack;
+    `subjects()`: all that may be measured, each a Forwarder; `work(effort)`: the function that measures one of them;
+    `tables(result)`: more tables; `plot(result)`; perhaps `prepare(subject, lab)`, in place of forwarders.set_up.
+    """
+    subjects = {each.key: each for each in benchmark.subjects() if not options.only or each.is_always or not {
+        each.key, each.part}.isdisjoint(options.only)}
+    result = Result.new(
+        benchmark.NAME, benchmark.TITLE, benchmark.MEASURES,
+        [{"key": each.key, "title": each.title} | each.facts() for each in subjects.values()],
+        options.shown(), benchmark.HOW, [key for key in benchmark.REFERENCES if key in subjects])
+    prepare = getattr(benchmark, "prepare", forwarders.set_up)
+    run(result, subjects, options.rounds, effort, prepare, benchmark.work(effort))
+    if {each.group for each in subjects.values()} <= {forwarders.KERNEL, forwarders.OURS}:
+        # A line for each would say the same.
+        result.document["versions"] = {"kernel": forwarders.kernel_version()}
+    result.document["tables"] += benchmark.tables(result)
+    return result
 
 
 def run(result, subjects, rounds, effort, prepare, work):

@@ -7,14 +7,14 @@ import time
 
 import forwarders
 import measures
-import rounds
 import vnetr
 from lab import GUEST_MTU_BYTES, HOST_ADDRESS, SIDES, other
-from results import Result, measure
+from results import measure
 
 NAME = "scale"
 TITLE = "How it scales"
 MAY_BE_MISSING = ()
+REFERENCES = ()
 
 DIMENSIONS = {
     "ports": (1, 4, 16, 64),
@@ -55,8 +55,11 @@ HOW = [
 
 class Size(forwarders.VnetrForwarder):
     def __init__(self, dimension, count):
-        self.dimension, self.count = dimension, count
+        self.dimension, self.count, self.part = dimension, count, dimension
         super().__init__(f"{dimension}-{count}", f"{TITLES.get(dimension, dimension)}: {count:,}", self.of_side)
+
+    def facts(self):
+        return {"dimension": self.dimension, "count": self.count}
 
     def of_side(self, side):
         count = {dimension: 0 for dimension in DIMENSIONS} | {self.dimension: self.count}
@@ -95,12 +98,8 @@ class Size(forwarders.VnetrForwarder):
         return min(self.running[side].counters()["domains"]["blue"]["macs_learned"] for side in SIDES)
 
 
-def sizes():
+def subjects():
     return [Size(dimension, count) for dimension, counts in DIMENSIONS.items() for count in counts]
-
-
-def keys():
-    return [*DIMENSIONS, *(size.key for size in sizes())]
 
 
 SMOKE = ("ports-4", "links-10", "domains-10", "macs-1000", "routes-100")
@@ -152,28 +151,12 @@ def work(effort):
     return measured
 
 
-def run(options, effort):
-    subjects = {size.key: size for size in sizes()
-                if not options.only or size.key in options.only or size.dimension in options.only}
-    result = Result.new(
-        NAME, TITLE, MEASURES,
-        [{"key": each.key, "title": each.title, "dimension": each.dimension, "count": each.count}
-         for each in subjects.values()], options.shown(), HOW)
-    rounds.run(result, subjects, options.rounds, effort, forwarders.set_up, work(effort))
-    result.document["versions"] = {"kernel": forwarders.kernel_version()}
-    return result
+def tables(_result):
+    return []
 
 
 def plot(result):
     import plots
-    panels = []
-    for column in result.measures:
-        series = {}
-        for subject in result.measured_subjects():
-            three = result.three(subject["key"], column["key"])
-            if three:
-                name = TITLES.get(subject["dimension"], subject["dimension"])
-                series.setdefault(name, []).append((subject["count"], three))
-        if series:
-            panels.append({"title": plots.label(column), "x": "how many", "series": series})
-    return plots.lines(panels)
+    return plots.lines(plots.growth(
+        result, lambda size: TITLES.get(size["dimension"], size["dimension"]), lambda size: size["count"],
+        x="how many"))

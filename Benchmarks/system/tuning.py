@@ -4,15 +4,15 @@ import pathlib
 
 import forwarders
 import measures
-import rounds
 from lab import Failure, Unavailable
-from results import Result, measure, number
+from results import measure, number
 
 NAME = "tuning"
 TITLE = "Tuning flags, one at a time"
 MAY_BE_MISSING = ()
 REFERENCE = pathlib.Path("docs/configuration.md")
 DEFAULTS = "defaults"
+REFERENCES = (DEFAULTS,)
 
 PIPELINE = ("--layout", "pipeline")
 # By key of [tuning]: the values beside the default. A tuple is a value and the other flags that it has a meaning with.
@@ -29,12 +29,14 @@ SWEEPS = {
     "ring_entries": [64, 1_024, 4_096],
     "batch_frames": [1, 8, 16, 32, 128, 256],
     "batch_wait_us": [10, 50, 200],
-    "slots": [256, 4_096, 16_384],
+    "slots": [256, 4_096, 16_384, (128, PIPELINE)],
     "ring_depth_frames": [(depth, PIPELINE) for depth in (64, 256)],
     "ring_batch_frames": [(batch, PIPELINE) for batch in (1, 16, 256)],
     "send_buffer_bytes": [65_536, 212_992, 1_048_576],
     "receive_buffer_bytes": [65_536, 212_992, 1_048_576],
     "source_ports": [1, 2, 64],
+    "gso": ["false"],
+    "gro": ["false"],
     "huge_pages": ["on", "off"],
     "without": ["single-issuer", "deferred-work", "buffer-ring", "multishot-receive", "multishot-read", "fixed-files",
                 "restrictions"],
@@ -57,8 +59,11 @@ HOW = [
 
 class Setting(forwarders.VnetrForwarder):
     def __init__(self, key, name, value, flags):
-        self.name, self.value = name, value
+        self.name, self.value, self.part, self.is_always = name, value, name, not name
         super().__init__(key, f"{name} = {value}" if name else DEFAULTS, flags=flags)
+
+    def facts(self):
+        return {"name": self.name, "value": self.value}
 
 
 def documented():
@@ -72,7 +77,7 @@ def documented():
     return defaults
 
 
-def settings():
+def subjects():
     found = [Setting(DEFAULTS, "", "", ())]
     for name, values in SWEEPS.items():
         for value in values:
@@ -83,11 +88,7 @@ def settings():
     return found
 
 
-def keys():
-    return [*documented(), *(setting.key for setting in settings())]
-
-
-SMOKE = (DEFAULTS, "batch_frames")
+SMOKE = (DEFAULTS, "batch_frames", "gso", "gro")
 
 
 def prepare(setting, lab):
@@ -124,25 +125,16 @@ def flags_table(result):
 
 
 def needs_pipeline(key):
-    return any(setting.key == key and PIPELINE == tuple(setting.flags[2:]) for setting in settings())
+    return any(setting.key == key and PIPELINE == tuple(setting.flags[2:]) for setting in subjects())
 
 
-def run(options, effort):
+def tables(result):
     defaults = documented()
-    subjects = {setting.key: setting for setting in settings() if not options.only or setting.key == DEFAULTS
-                or setting.key in options.only or setting.name in options.only}
-    result = Result.new(
-        NAME, TITLE, MEASURES,
-        [{"key": each.key, "title": each.title, "name": each.name, "value": each.value} for each in subjects.values()],
-        options.shown(), HOW, [DEFAULTS])
     for name in [*defaults, *SWEEPS]:
         if (name in defaults) != (name in SWEEPS):
             why = "tuning.py has no values for it" if name in defaults else "there is no such key"
             result.fail(f"[tuning] {name}: {why}")
-    rounds.run(result, subjects, options.rounds, effort, prepare, work(effort))
-    result.document["versions"] = {"kernel": forwarders.kernel_version()}
-    result.document["tables"].append(flags_table(result))
-    return result
+    return [flags_table(result)]
 
 
 def plot(result):

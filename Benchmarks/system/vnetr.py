@@ -53,7 +53,8 @@ class Vnetr:
         return last
 
     def work(self):
-        """Since its start: frames that came in, calls into the kernel, CPU seconds of all its threads."""
+        """Since its start: frames that came in, as they are on the wire and with a train or a super-frame as one, calls
+        into the kernel, CPU seconds of all its threads."""
         report = self.counters()
         cpu = 0
         for task in os.listdir(f"/proc/{self.process.pid}/task"):
@@ -62,6 +63,7 @@ class Vnetr:
         return {
             "frames": sum(port["in_frames"] for port in report["ports"].values())
             + sum(link["in_frames"] for link in report["links"].values()),
+            "receives": sum(worker["receives"] for worker in report["workers"].values()),
             "enters": sum(worker["enters"] for worker in report["workers"].values()),
             "cpu_seconds": cpu / 1e9,
         }

@@ -276,6 +276,17 @@ public enum Doctor {
 
   // MARK: Memory and limits
 
+  private static let slotsByDefault: Int = {
+    let slots = Schema.tuningKeys.first { $0.key == "slots" }
+    guard case .value(.integer(let count)) = slots?.defaultValue else { preconditionFailure("slots has no default") }
+    return count
+  }()
+
+  /// Huge pages that the frame memory of one worker takes by default.
+  static func hugePagesWanted(pageBytes: Int) -> Int {
+    (slotsByDefault * FrameMemory.slotStrideBytes + pageBytes - 1) / pageBytes
+  }
+
   private static func memory() -> [DoctorItem] {
     let information = lines("/proc/meminfo")
     func figure(_ key: String) -> Int? {
@@ -283,14 +294,16 @@ public enum Doctor {
         .flatMap { Int($0.dropFirst(key.count + 1).trimmed.prefix { $0.isNumber }) }
     }
     let free = figure("HugePages_Free") ?? 0
+    let wanted = hugePagesWanted(pageBytes: (figure("Hugepagesize") ?? 2_048) << 10)
     let total = figure("HugePages_Total") ?? 0
     let size = figure("Hugepagesize").map { "\($0) kB" } ?? "unknown size"
     let transparent = firstLine("/sys/kernel/mm/transparent_hugepage/enabled") ?? "not in this kernel"
     let mayBeTransparent = transparent.contains("[always]") || transparent.contains("[madvise]")
     return [
       DoctorItem(
-        "huge pages", "\(free) free of \(total) (\(size))", free > 0 ? .ok : .absent,
-        cost: "more TLB misses over the frame memory", remedy: "sysctl vm.nr_hugepages=16"),
+        "huge pages", "\(free) free of \(total) (\(size))", free >= wanted ? .ok : .absent,
+        cost: "more TLB misses over the frame memory",
+        remedy: "sysctl vm.nr_hugepages=\(wanted), so many for each worker that receives into \(slotsByDefault) slots"),
       DoctorItem(
         "transparent huge pages", transparent, mayBeTransparent ? .ok : .absent,
         cost: "no second choice where there are no huge pages",

@@ -141,7 +141,8 @@ let least = """
             batchFrames: 64, batchWaitMicroseconds: 0, spinMicroseconds: 50, slots: 1_024,
             ringDepthFrames: nil, ringBatchFrames: 64, sendBufferBytes: 7_340_032, receiveBufferBytes: 7_340_032,
             dispatchUpperFramesPerSecond: 10_000,
-            dispatchLowerFramesPerSecond: 1_000, dispatchPeriodMilliseconds: 10, sourcePorts: 8, hugePages: .auto,
+            dispatchLowerFramesPerSecond: 1_000, dispatchPeriodMilliseconds: 10, sourcePorts: 8, gso: true, gro: true,
+            hugePages: .auto,
             without: []),
           warnings: []))
   }
@@ -149,16 +150,21 @@ let least = """
   @Test func aFlagWinsOverTheFile() throws {
     let configuration = try Configuration.parse(
       sound, file: "f.toml",
-      overrides: ["spin_us": "7", "cpus": "1", "without": "multishot-read,fixed-files", "huge_pages": "off"],
+      overrides: [
+        "spin_us": "7", "cpus": "1", "without": "multishot-read,fixed-files", "huge_pages": "off", "gso": "false",
+      ],
       environment: fixedEnvironment())
     #expect(configuration.tuning.spinMicroseconds == 7)
     #expect(configuration.tuning.cpus == .list([1]))
     #expect(configuration.tuning.without == [.multishotRead, .fixedFiles])
     #expect(configuration.tuning.hugePages == .off)
+    #expect(!configuration.tuning.gso)
+    #expect(configuration.tuning.gro)
   }
 
   @Test(arguments: [
     (["spin_us": "x"], "--spin-us: \"x\" is no integer; give an integer from 0 to 1000000"),
+    (["gro": "off"], "--gro: \"off\" is no boolean; give true or false"),
     (["spin_us": "-1"], "--spin-us: -1 is out of range; use an integer from 0 to 1000000"),
     (
       ["layout": "fusd"],
@@ -332,14 +338,13 @@ extension String {
       "nodes: there is no such section; did you mean \"node\"? "
         + "(sections: node, underlay, domain, port, link, route, passthrough, tuning)"),
     Mistake("[node]", "vxlan_port = 1\n[node]", "vxlan_port: there is no such section; it is a key of [underlay]"),
-    Mistake("[tuning]", "[tuning]\ngso = true", "tuning.gso: there is no such key in [tuning]; \(tuningKeys)"),
     Mistake("[tuning]", "[tuning]\nsqpoll = true", "tuning.sqpoll: there is no such key in [tuning]; \(tuningKeys)"),
   ]
 
   private static let tuningKeys =
     "keys: layout, cpus, dispatch, dispatch_upper_fps, dispatch_lower_fps, dispatch_period_ms, yield, spin_us, io, "
     + "ring_entries, batch_frames, batch_wait_us, slots, ring_depth_frames, ring_batch_frames, send_buffer_bytes, "
-    + "receive_buffer_bytes, source_ports, huge_pages, without"
+    + "receive_buffer_bytes, source_ports, gso, gro, huge_pages, without"
 
   static let notSupported = [
     Mistake(

@@ -44,6 +44,12 @@ import Testing
     #expect(Set(names).count == names.count)
   }
 
+  @Test func itWantsAsManyHugePagesAsTheFrameMemoryOfAWorkerTakes() {
+    // 1,024 slots of 65,728 bytes: just over 64 MiB.
+    #expect(Doctor.hugePagesWanted(pageBytes: 2 << 20) == 33)
+    #expect(Doctor.hugePagesWanted(pageBytes: 1 << 30) == 1)
+  }
+
   @Test func itSaysWhichLayoutAutoTakesAndWhy() {
     let few = Doctor.layout(allowedCount: 3)
     #expect(few.found == "auto takes fused")

@@ -38,6 +38,13 @@ import Testing
     }
   }
 
+  @Test func theTuningGuideExplainsEveryTuningKey() throws {
+    let guide = try committed("tuning.md")
+    for definition in Schema.tuningKeys {
+      #expect(guide.contains("**`\(definition.key)`**"), "docs/tuning.md has no \(definition.key)")
+    }
+  }
+
   @Test func theReferenceNamesEverySupportedKey() {
     for definition in Schema.keys where definition.isSupported {
       #expect(Schema.reference.contains("| `\(definition.key)` |"), "\(definition.section).\(definition.key)")

@@ -53,6 +53,16 @@ import Testing
         == Int32(IPV6_PMTUDISC_WANT))
   }
 
+  @Test func aSocketTakesTrainsOnlyWhereItIsTold() throws {
+    // UDP_GRO of linux/udp.h.
+    for takesTrains in [true, false] {
+      let receiver = try UnderlaySocket.receive(
+        on: local, port: 0, encapsulation: .vxlan, isShared: false, bufferBytes: 65_536, takesTrains: takesTrains)
+      defer { close(receiver) }
+      #expect(option(receiver, Int32(IPPROTO_UDP), 104) == (takesTrains ? 1 : 0))
+    }
+  }
+
   @Test func theLongestDatagramLeavesASocketThatFragmentsHoweverSmallItsBufferWasAsked() throws {
     let bytes = [UInt8](repeating: 0, count: UnderlaySocket.datagramBytesMax)
     let sent = try withSocket(local, fragments: true, bufferBytes: 4_096) {

@@ -33,10 +33,12 @@ struct ForwarderRun {
   var all: [String] { problems + ordering + conservation + slots + violations.map { "\($0)" } }
 
   init(
-    seed: UInt64, faults: Faults? = nil, plan: SimulatedHost.Plan? = nil, planted: PlantedFault? = nil, frames: Int = 60
+    seed: UInt64, faults: Faults? = nil, plan: SimulatedHost.Plan? = nil, planted: PlantedFault? = nil,
+    frames: Int = 60,
+    trains: Double = 0.5
   ) throws {
     var limits = SimulatedNetwork.Limits()
-    limits.trains = 0.5
+    limits.trains = trains
     if seed % 3 == 0 { limits.trainFramesMax = 64 }
     let network = SimulatedNetwork(seed: seed, limits: limits)
     network.faults = faults ?? Faults.mixture(&network.random)
@@ -316,6 +318,24 @@ struct ForwarderRun {
     let run = try ForwarderRun(seed: 1, faults: Faults.none, plan: plan)
     #expect(run.all == [])
     #expect(run.delivered >= 60 * 12)
+  }
+
+  @Test("a super-frame counts as one receive, as does a train")
+  func receives() throws {
+    func counted(trains: Double, hasPacketPorts: Bool) throws -> (receives: Int, frames: Int) {
+      var plan = SimulatedHost.Plan()
+      plan.hasPacketPorts = hasPacketPorts
+      let run = try ForwarderRun(seed: 1, faults: Faults.none, plan: plan, trains: trains)
+      return (run.reached[.receives, default: 0], run.counts.framesReceived + run.counts.datagramsReceived)
+    }
+    // TAP ports' guests send single frames here.
+    let single = try counted(trains: 0, hasPacketPorts: false)
+    #expect(single.receives > 0)
+    #expect(single.receives == single.frames)
+    let trains = try counted(trains: 0.5, hasPacketPorts: false)
+    #expect(trains.receives < trains.frames)
+    let superFrames = try counted(trains: 0, hasPacketPorts: true)
+    #expect(superFrames.receives < superFrames.frames)
   }
 
   @Test("a slot that the kernel loses is found by the slot audit")

@@ -4,34 +4,40 @@ import Testing
 @testable import Datapath
 @testable import SimulatedKernel
 
-/// A TCP super-frame over IPv4. That its segments are right is shown where they are made; here they are what must
-/// arrive.
+/// A TCP or UDP super-frame over IPv4. That its segments are right is shown where they are made; here they are what
+/// must arrive.
 struct MadeSuperFrame {
-  static let headerBytes = 14 + 20 + 20
-
+  let headerBytes: Int
   var bytes: [UInt8]
   var offload: OffloadHeader
   private let whole: SuperFrame
 
-  init(destination: UInt64 = 0x02_0000_0000_0B, payloadBytes: Int, segmentBytes: Int) throws {
-    let transportBytes = 20 + payloadBytes
-    var bytes = (0..<Self.headerBytes + payloadBytes).map { UInt8(truncatingIfNeeded: $0 &* 7 &+ $0 >> 8) }
+  init(destination: UInt64 = 0x02_0000_0000_0B, payloadBytes: Int, segmentBytes: Int, isUDP: Bool = false) throws {
+    let transportBytes = (isUDP ? 8 : 20) + payloadBytes
+    let ipProtocol = isUDP ? IPProtocol.udp : IPProtocol.tcp
+    headerBytes = 14 + 20 + transportBytes - payloadBytes
+    var bytes = (0..<headerBytes + payloadBytes).map { UInt8(truncatingIfNeeded: $0 &* 7 &+ $0 >> 8) }
     var elements = bytes.mutableSpan
     var frame = unsafe elements.mutableBytes
     EthernetHeader(
       destination: MACAddress(bits: destination), source: MACAddress(bits: 0x02_0000_0000_0A), etherType: EtherType.ipv4
     ).write(into: &frame)
     IPv4Header(
-      typeOfService: 0xB8, totalBytes: 20 + transportBytes, ipProtocol: IPProtocol.tcp, source: 1, destination: 2
+      typeOfService: 0xB8, totalBytes: 20 + transportBytes, ipProtocol: ipProtocol, source: 1, destination: 2
     ).write(into: &frame, at: 14)
     let pseudoHeader = InternetChecksum.pseudoHeader(
-      source: UInt32(1), destination: UInt32(2), ipProtocol: IPProtocol.tcp, length: transportBytes)
-    TCPHeader(sourcePort: 40000, destinationPort: 5201, checksum: InternetChecksum.fold(pseudoHeader))
-      .write(into: &frame, at: 34)
+      source: UInt32(1), destination: UInt32(2), ipProtocol: ipProtocol, length: transportBytes)
+    let sum = InternetChecksum.fold(pseudoHeader)
+    if isUDP {
+      UDPHeader(sourcePort: 40000, destinationPort: 5201, totalBytes: transportBytes, checksum: sum)
+        .write(into: &frame, at: 34)
+    } else {
+      TCPHeader(sourcePort: 40000, destinationPort: 5201, checksum: sum).write(into: &frame, at: 34)
+    }
     self.bytes = bytes
     offload = OffloadHeader(
-      flags: OffloadHeader.flagNeedsChecksum, gsoType: 1, headerLength: 9999, gsoSize: UInt16(segmentBytes),
-      checksumStart: 34, checksumOffset: 16, bufferCount: 1)
+      flags: OffloadHeader.flagNeedsChecksum, gsoType: isUDP ? 5 : 1, headerLength: 9999, gsoSize: UInt16(segmentBytes),
+      checksumStart: 34, checksumOffset: isUDP ? 6 : 16, bufferCount: 1)
     whole = unsafe try #require(SuperFrame(bytes.span.bytes, offload))
   }
 
@@ -39,7 +45,7 @@ struct MadeSuperFrame {
 
   var segments: [[UInt8]] {
     (0..<count).map { number in
-      var headers = [UInt8](repeating: 0, count: Self.headerBytes)
+      var headers = [UInt8](repeating: 0, count: headerBytes)
       var elements = headers.mutableSpan
       var room = unsafe elements.mutableBytes
       unsafe whole.writeHeaders(ofSegment: number, of: bytes.span.bytes, into: &room)
@@ -50,7 +56,8 @@ struct MadeSuperFrame {
 
   /// What is written before the whole: the guest's hint of the headers' length is ours now.
   var virtioHeader: [UInt8] {
-    let fields = [UInt16(0x0101), UInt16(Self.headerBytes), offload.gsoSize, 34, 16, 0]
+    let kind = UInt16(offload.gsoType) << 8 | UInt16(OffloadHeader.flagNeedsChecksum)
+    let fields = [kind, UInt16(headerBytes), offload.gsoSize, 34, offload.checksumOffset, 0]
     return fields.flatMap { [UInt8($0 & 0xFF), UInt8($0 >> 8)] }
   }
 }
@@ -78,7 +85,7 @@ struct Bench: ~Copyable {
 
   init(
     _ kind: InterfaceRecord.Kind = .vxlan, operations: Int = 600, mtuBytes: Int = FrameMemory.payloadBytesMax,
-    trainFramesMax: Int = SendPool.trainFramesMax
+    trainFramesMax: Int = SendPool.trainFramesMax, formsTrains: Bool = true, takesUDPSuperFrames: Bool = true
   ) throws {
     var limits = SimulatedNetwork.Limits()
     limits.trainFramesMax = trainFramesMax
@@ -88,13 +95,16 @@ struct Bench: ~Copyable {
     receiver = network.openSocket(there, port: 4789)
     io = SimulatedIO(network, chainFramesMax: 16)
     memory = try FrameMemory(slotCount: 24, hugePages: false)
-    stage = TransmitStage(laneCount: 2, operationCount: operations)
+    stage = TransmitStage(laneCount: 2, operationCount: operations, formsTrains: formsTrains)
     counters = CounterTable(
       interfaceCount: 3, domainCount: 1, worker: others[0].writer, underlay: others[1].writer)
     counters.set(DomainIndex(0), domain.writer)
     counters.set(Self.ingress, InterfaceRecord(.packet, laneFirst: 0, laneCount: 0, counters: blocks[0].writer))
     counters.set(
-      Self.port, InterfaceRecord(.tap, laneFirst: 0, laneCount: 1, mtuBytes: mtuBytes, counters: blocks[1].writer))
+      Self.port,
+      InterfaceRecord(
+        .tap, laneFirst: 0, laneCount: 1, mtuBytes: mtuBytes, takesUDPSuperFrames: takesUDPSuperFrames,
+        counters: blocks[1].writer))
     counters.set(
       Self.link, InterfaceRecord(kind, laneFirst: 1, laneCount: 1, mtuBytes: mtuBytes, counters: blocks[2].writer))
     stage.open(0, .tap, interface: Self.port, descriptor: network.openQueue(device: device), &io)
@@ -206,6 +216,20 @@ struct Bench: ~Copyable {
     #expect(bench.network.violations.isEmpty)
   }
 
+  @Test("segments leave in trains, where these are wanted", arguments: [true, false])
+  func trainsAreOptional(formsTrains: Bool) throws {
+    var bench = try Bench(formsTrains: formsTrains)
+    let made = try MadeSuperFrame(payloadBytes: 60_000, segmentBytes: 1_448)
+    bench.transmit(made, to: Bench.link)
+    bench.settle()
+    let arrived = bench.arrived.map { Array($0.bytes.dropFirst(8)) }
+    #expect(arrived == made.segments)
+    let counts = [Counter.trains, .trainFrames].map { Int(bench.others[0].value($0)) }
+    #expect(counts == (formsTrains ? [1, made.count] : [0, 0]))
+    let (isAllBack, sumsHold) = (bench.isAllBack, bench.holds(Bench.link))
+    #expect(isAllBack && sumsHold)
+  }
+
   @Test("a port gets the whole with its offload header, counted as its segments")
   func portGetsTheWhole() throws {
     var bench = try Bench(mtuBytes: 1_500)
@@ -220,6 +244,38 @@ struct Bench: ~Copyable {
     #expect(counts == [14, 14, made.bytes.count])
     let (isAllBack, sumsHold) = (bench.isAllBack, bench.holds(Bench.port))
     #expect(isAllBack && sumsHold)
+  }
+
+  @Test(
+    "a port whose kernel knows no UDP super-frames gets their datagrams; TCP's go whole as ever",
+    arguments: [true, false], [true, false])
+  func portWithoutUDPSuperFrames(isUDP: Bool, takesUDP: Bool) throws {
+    let goesWhole = takesUDP || !isUDP
+    let made = try MadeSuperFrame(payloadBytes: 20_000, segmentBytes: 1_400, isUDP: isUDP)
+    let plainHeader = [UInt8](repeating: 0, count: 12)
+
+    var bench = try Bench(takesUDPSuperFrames: takesUDP)
+    bench.transmit(made, to: Bench.port)
+    bench.settle()
+    let written = bench.network.takeWritten(device: bench.device)
+    #expect(written.map(\.frame) == (goesWhole ? [made.bytes] : made.segments))
+    #expect(Set(written.map(\.virtioHeader)) == [goesWhole ? made.virtioHeader : plainHeader])
+    let sent = bench.value(Bench.port, .outFrames)
+    #expect(sent == 15)
+    let (isAllBack, sumsHold) = (bench.isAllBack, bench.holds(Bench.port))
+    #expect(isAllBack && sumsHold)
+
+    // The same frames from a link: joined only where they may be.
+    var other = try Bench(takesUDPSuperFrames: takesUDP)
+    other.transmit(run: made.segments, to: Bench.port)
+    other.settle()
+    let joined = other.network.takeWritten(device: other.device)
+    #expect(joined.map(\.frame) == (goesWhole ? [made.bytes] : made.segments))
+    #expect(Set(joined.map(\.virtioHeader)) == [goesWhole ? made.virtioHeader : plainHeader])
+    let sentOfTrain = other.value(Bench.port, .outFrames)
+    #expect(sentOfTrain == 15)
+    let (isBack, sumsHoldToo) = (other.isAllBack, other.holds(Bench.port))
+    #expect(isBack && sumsHoldToo)
   }
 
   @Test("segments beyond a lane's queue are dropped, the front ones go")

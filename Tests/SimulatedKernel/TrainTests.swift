@@ -104,8 +104,8 @@ extension Bench {
     #expect(look == Bench.Look())
     let written = bench.network.takeWritten(device: bench.device)
     #expect(written.count == 1 && written.first?.frame.count == made.bytes.count)
-    let payload = written.first?.frame.dropFirst(MadeSuperFrame.headerBytes)
-    #expect(payload == made.bytes.dropFirst(MadeSuperFrame.headerBytes))
+    let payload = written.first?.frame.dropFirst(made.headerBytes)
+    #expect(payload == made.bytes.dropFirst(made.headerBytes))
     let offered = bench.value(Bench.port, .offeredFrames)
     #expect(offered == 11)
   }

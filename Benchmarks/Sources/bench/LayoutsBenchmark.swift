@@ -18,74 +18,9 @@ func benchmarkLayouts(_ report: Report) {
     ]
   }
   if cpus.count < 2 { report.skip("pipelines", "there is one CPU") }
-  for egress in [Scene.portOut, Scene.linkOut] {
-    for frameBytes in [14 + 20 + 8 + 64, 1_400] {
-      guard let scene = Scene(egress: egress, frameBytes: frameBytes) else {
-        return report.check(false, "layouts: a snapshot is made")
-      }
-      measure(layouts, scene, cpus, report)
-    }
-  }
-}
-
-/// Two TAP ports and a VXLAN link in one domain that learns, and what comes in by the first port.
-private final class Scene: Sendable {
-  static let portIn = InterfaceIndex(0)
-  static let portOut = InterfaceIndex(1)
-  static let linkOut = InterfaceIndex(2)
-  static let interfaces = 3
-  static let domain = DomainIndex(0)
-  /// Pairs of addresses, each a flow: as many MACs on each side.
-  static let flows = 64
-  /// One for the port, and source ports of the link.
-  static let lanes = 1 + linkLanes
-  static let linkLanes = 4
-  static let sources = 2
-  static let tapSource = 1
-  static let slots = 1_024
-
-  let name: String
-  let snapshot: Snapshot
-  let load: MemoryIO.Load
-
-  init?(egress: InterfaceIndex, frameBytes: Int) {
-    let place = egress == Self.portOut ? "another tap port" : "a vxlan link"
-    name = "UDP frames of \(frameBytes) bytes from a tap port to \(place), \(Self.flows) flows"
-    let table = MACTable(macsMax: 4 * Self.flows, seed: 7)
-    guard
-      let peer = UnderlayAddress("10.99.0.2"),
-      let snapshot = try? Snapshot(
-        version: 1,
-        interfaces: [
-          Snapshot.Interface(Self.portIn, .port(domain: Self.domain), mtuBytes: 1_500),
-          Snapshot.Interface(Self.portOut, .port(domain: Self.domain), mtuBytes: 1_500),
-          Snapshot.Interface(Self.linkOut, .link(peer: peer, domains: [Self.domain]), mtuBytes: 1_500),
-        ], domains: [Snapshot.Domain(Self.domain, vni: 42, macs: table)])
-    else { return nil }
-    self.snapshot = snapshot
-    for flow in 0..<Self.flows {
-      _ = table.reference.learn(Self.destination(flow), at: egress, nowSeconds: 1)
-      _ = table.reference.learn(Self.source(flow), at: Self.portIn, nowSeconds: 1)
-    }
-    load = MemoryIO.Load(frames: (0..<Self.flows).map { Self.frame($0, count: frameBytes) })
-  }
-
-  private static func source(_ flow: Int) -> UInt64 { 0x0200_0000_1000 + UInt64(flow) }
-  private static func destination(_ flow: Int) -> UInt64 { 0x0200_0000_2000 + UInt64(flow) }
-
-  /// Ethernet, IPv4, UDP.
-  private static func frame(_ flow: Int, count: Int) -> [UInt8] {
-    var bytes: [UInt8] = []
-    for mac in [destination(flow), source(flow)] {
-      for shift in [40, 32, 24, 16, 8, 0] { bytes.append(UInt8(truncatingIfNeeded: mac >> UInt64(shift))) }
-    }
-    let total = count - 14
-    bytes += [0x08, 0x00]
-    bytes += [0x45, 0, UInt8(total >> 8), UInt8(total & 0xFF), 0, 0, 0x40, 0, 64, 17, 0, 0]
-    bytes += [10, 0, 0, 1, 10, 0, 0, 2]
-    bytes += [0x40, UInt8(flow), 0x13, 0x88, UInt8((total - 20) >> 8), UInt8((total - 20) & 0xFF), 0, 0]
-    while bytes.count < count { bytes.append(UInt8(truncatingIfNeeded: bytes.count &+ flow)) }
-    return bytes
+  for traffic in LayoutScene.Traffic.all {
+    guard let scene = LayoutScene(traffic) else { return report.check(false, "layouts: a snapshot is made") }
+    measure(layouts, scene, cpus, report)
   }
 }
 
@@ -98,10 +33,6 @@ private struct Share {
   var sent = 0
   var interruptions = 0
   var allocations: UInt64 = 0
-
-  /// A turn of at most 64 frames takes some 5 µs: after so long another thread had the core, which says nothing of the
-  /// layout. Such turns and their frames are left out.
-  static let turnNanosecondsMax: UInt64 = 50_000
 
   var nanosecondsPerFrame: Double { Double(busyNanoseconds) / Double(max(1, frames)) }
   var framesPerTurn: Double { Double(frames) / Double(max(1, busyTurns)) }
@@ -129,13 +60,13 @@ private final class Seat: @unchecked Sendable {
   var share = Share()
   private let signal = MemoryIO.Signal()
   private let measured = Atomic<Int>(0)
-  private let scene: Scene
+  private let scene: LayoutScene
   private let phase: Phase
   private let joints: Parcel<Joints>
   private let memory: Parcel<FrameMemory>
   private var commands: SPSCRing<Command>.Producer
   private var reports: SPSCRing<Datapath.Report>.Consumer
-  private let blocks = (0...Scene.interfaces).map { _ in CounterBlock() }
+  private let blocks = (0...LayoutScene.interfaces).map { _ in CounterBlock() }
   private let workerCounters = CounterBlock()
   private let underlayCounters = CounterBlock()
   private let ioCounters = CounterBlock()
@@ -144,7 +75,7 @@ private final class Seat: @unchecked Sendable {
   static let answerMillisecondsMax = 10_000
 
   init(
-    _ roles: Roles, _ mailbox: Mailbox, _ scene: Scene, _ phase: Phase, joints: consuming Joints,
+    _ roles: Roles, _ mailbox: Mailbox, _ scene: LayoutScene, _ phase: Phase, joints: consuming Joints,
     memory: consuming FrameMemory
   ) {
     self.roles = roles
@@ -157,17 +88,19 @@ private final class Seat: @unchecked Sendable {
     reports = mailbox.reports.makeConsumer()
     let kinds: [InterfaceRecord.Kind] = [.tap, .tap, .vxlan]
     let laneFirst = [0, 0, 1]
-    let laneCount = [0, 1, Scene.linkLanes]
-    send(.addDomain(Scene.domain, blocks[Scene.interfaces].writer))
-    for index in 0..<Scene.interfaces {
+    let laneCount = [0, 1, LayoutScene.linkLanes]
+    send(.addDomain(LayoutScene.domain, blocks[LayoutScene.interfaces].writer))
+    for index in 0..<LayoutScene.interfaces {
       let record = InterfaceRecord(
         kinds[index], laneFirst: laneFirst[index], laneCount: laneCount[index], mtuBytes: 1_500,
         counters: blocks[index].writer)
       send(.addInterface(InterfaceIndex(index), record))
     }
     if roles.contains(.transmit) {
-      send(.openLane(0, .tap, interface: Scene.portOut, descriptor: -1))
-      for lane in 1..<Scene.lanes { send(.openLane(lane, .datagramIPv4, interface: Scene.linkOut, descriptor: -1)) }
+      send(.openLane(0, .tap, interface: LayoutScene.portOut, descriptor: -1))
+      for lane in 1..<LayoutScene.lanes {
+        send(.openLane(lane, .datagramIPv4, interface: LayoutScene.linkOut, descriptor: -1))
+      }
     }
     // Answered when all of it is done.
     send(.audit)
@@ -176,7 +109,9 @@ private final class Seat: @unchecked Sendable {
   /// Frames come from now on; to be called when every worker knows the interfaces.
   func receive() {
     guard roles.contains(.receive) else { return }
-    send(.openSource(Scene.tapSource, .tap, interface: Scene.portIn, domain: Scene.domain, descriptor: -1))
+    let (kind, interface, domain): (SourceKind, InterfaceIndex, DomainIndex) =
+      scene.traffic.isFromLink ? (.vxlan, .none, .none) : (.tap, LayoutScene.portIn, LayoutScene.domain)
+    send(.openSource(LayoutScene.source, kind, interface: interface, domain: domain, descriptor: -1))
   }
 
   func send(_ command: Command) {
@@ -204,30 +139,32 @@ private final class Seat: @unchecked Sendable {
     var settings = WorkerSettings()
     settings.dispatch.mode = .vmmDriven
     settings.dispatch.yield = .immediate
-    settings.sources = Scene.sources
-    settings.lanes = Scene.lanes
-    settings.interfaces = Scene.interfaces
+    settings.sources = LayoutScene.sources
+    settings.lanes = LayoutScene.lanes
+    settings.interfaces = LayoutScene.interfaces
     settings.domains = 1
-    let memory = memory.open()
+    settings.operations = LayoutScene.operations
+    var memory = memory.open()
+    if roles.contains(.receive) { scene.load.fill(&memory) }
     let io = MemoryIO(
-      scene.load, slots: memory.slotCount, lanes: Scene.lanes, wakerSource: Worker<MemoryIO>.wakerSource, signal,
+      scene.load, slots: memory.slotCount, lanes: LayoutScene.lanes, wakerSource: Worker<MemoryIO>.wakerSource, signal,
       ioCounters.writer)
     var worker = Worker(
       io: io, memory: memory, joints: joints.open(), mailbox: mailbox, settings: settings,
       view: scene.snapshot.view, workerCounters: workerCounters.writer, underlayCounters: underlayCounters.writer)
-    let counters = workerCounters.writer
     let ioCounters = ioCounters.writer
     var share = Share()
     var start: UInt64 = 0
     var sentBefore: UInt64 = 0
     var allocationsBefore: UInt64 = 0
     var before = Report.now()
-    var framesBefore = frames(counters, ioCounters)
-    var thingsBefore = things(counters, ioCounters)
+    let turnNanosecondsMax = scene.turnNanosecondsMax
+    var framesBefore = frames(ioCounters)
+    var thingsBefore = things(ioCounters)
     while worker.turn() {
       let now = Report.now()
-      let frames = frames(counters, ioCounters)
-      let things = things(counters, ioCounters)
+      let frames = frames(ioCounters)
+      let things = things(ioCounters)
       switch phase.now {
       case .warming: break
       case .measuring:
@@ -236,7 +173,7 @@ private final class Seat: @unchecked Sendable {
           sentBefore = ioCounters.value(.outFrames)
           allocationsBefore = cbench_allocations()
         }
-        if now &- before > Share.turnNanosecondsMax {
+        if now &- before > turnNanosecondsMax {
           share.interruptions += 1
         } else if things != thingsBefore {
           share.busyNanoseconds += now &- before
@@ -258,14 +195,24 @@ private final class Seat: @unchecked Sendable {
 
   /// Frames that the worker has been about: each once, also where it sends what it received before.
   @inline(__always)
-  private func frames(_ counters: CounterBlock.Writer, _ io: CounterBlock.Writer) -> UInt64 {
-    roles.contains(.receive) ? io.value(.inFrames) : counters.value(.takenOverFrames)
+  private func frames(_ io: CounterBlock.Writer) -> UInt64 {
+    roles.contains(.receive) ? io.value(.inFrames) : takenOver
   }
 
   /// All that gave it something to do.
   @inline(__always)
-  private func things(_ counters: CounterBlock.Writer, _ io: CounterBlock.Writer) -> UInt64 {
-    io.value(.completions) &+ counters.value(.takenOverFrames)
+  private func things(_ io: CounterBlock.Writer) -> UInt64 { io.value(.completions) &+ takenOver }
+
+  /// Frames and datagrams that neighbours handed on to it.
+  @inline(__always)
+  private var takenOver: UInt64 {
+    workerCounters.writer.value(.takenOverFrames) &+ underlayCounters.writer.value(.takenOverFrames)
+  }
+
+  /// Datagrams that it handed on less those that it took over; for control, after the end.
+  var datagramsHandedOn: Int {
+    let counters = underlayCounters.writer
+    return Int(counters.value(.handedOnFrames)) - Int(counters.value(.takenOverFrames))
   }
 }
 
@@ -277,10 +224,11 @@ private final class Phase: Sendable {
   func begin(_ name: Name) { raw.store(name.rawValue, ordering: .relaxed) }
 }
 
-private func run(_ roles: [Roles], _ scene: Scene, _ cpus: [Int], milliseconds: Int, framesMin: Int) throws -> Run {
+private func run(_ roles: [Roles], _ scene: LayoutScene, _ cpus: [Int], milliseconds: Int, framesMin: Int) throws -> Run
+{
   let mailboxes = try roles.map { _ in try Mailbox(controlWaker: -1) }
   var joining = Wiring.Settings()
-  joining.slots = Scene.slots
+  joining.slots = LayoutScene.slots
   var wiring = try Wiring(roles: roles, wakers: mailboxes.map(\.workerWaker), settings: joining)
   let phase = Phase()
   let seats = roles.indices.map { number in
@@ -329,14 +277,15 @@ private func run(_ roles: [Roles], _ scene: Scene, _ cpus: [Int], milliseconds: 
     precondition(isStopped, "a worker of the benchmark does not stop")
   }
   for thread in threads { thread.join() }
-  holds = holds && handedOn == takenOver && seats.allSatisfy { $0.sendsAreRight }
+  holds = holds && handedOn == takenOver && seats.reduce(0) { $0 + $1.datagramsHandedOn } == 0
+  holds = holds && seats.allSatisfy { $0.sendsAreRight }
   return Run(shares: seats.map(\.share), holds: holds)
 }
 
 /// Where a worker is on the way of a frame: one that receives is first, even where it sends too.
 private func stage(_ roles: Roles) -> Int { roles.contains(.receive) ? 0 : roles.contains(.route) ? 1 : 2 }
 
-private func measure(_ layouts: [[Roles]], _ scene: Scene, _ cpus: [Int], _ report: Report) {
+private func measure(_ layouts: [[Roles]], _ scene: LayoutScene, _ cpus: [Int], _ report: Report) {
   var runs = [[Run]](repeating: [], count: layouts.count)
   report.table("all three stages in memory, \(scene.name)", item: "frame, of all busy cores") { table in
     for place in layouts.indices {
@@ -351,14 +300,24 @@ private func measure(_ layouts: [[Roles]], _ scene: Scene, _ cpus: [Int], _ repo
       table.add(name(layouts[place]), run.busyNanosecondsPerFrame, allocations: run.allocations)
     }
   }
-  let fusedRate = median(runs[0].map(\.framesPerSecond))
-  for (layout, runs) in zip(layouts, runs) {
-    let isRight = runs.allSatisfy { run in run.holds && run.shares.allSatisfy { $0.frames > 0 } }
+  // As in the table: the run to warm up does not count.
+  let counted = report.isSmoke ? runs : runs.map { Array($0.dropFirst()) }
+  let fusedRate = median(counted[0].map(\.framesPerSecond))
+  let fusedCost = median(counted[0].map(\.busyNanosecondsPerFrame))
+  for (place, layout) in layouts.enumerated() {
+    let isRight = runs[place].allSatisfy { run in run.holds && run.shares.allSatisfy { $0.frames > 0 } }
     report.check(isRight, "layouts: \(name(layout)): \(scene.name): every frame is sent as it came, none is lost")
+    let runs = counted[place]
     let rate = median(runs.map(\.framesPerSecond))
+    let ofCore = rate / fusedRate / Double(layout.count)
+    let ofBusyCore = fusedCost / median(runs.map(\.busyNanosecondsPerFrame))
     report.note(
-      "\(name(layout)): \(Report.decimal(rate / 1e6, 2)) M frames/s, \(Report.decimal(rate / fusedRate, 2)) × fused, "
-        + "\(Report.decimal(rate / fusedRate / Double(layout.count), 2)) × a core")
+      "\(name(layout)): \(Report.decimal(rate / 1e6, 2)) M frames/s, \(Report.decimal(rate / fusedRate, 2)) × fused")
+    if layout.count > 1 {
+      report.note(
+        "  at least \(Report.decimal(shareOfFusedMin, 1)) of fused: a core \(verdict(ofCore)), "
+          + "a busy core \(verdict(ofBusyCore))")
+    }
     for (number, roles) in layout.enumerated() {
       let shares = runs.map { $0.shares[number] }
       let core = median(shares.map { Double($0.busyNanoseconds) * 100 / Double(max(1, $0.nanoseconds)) })
@@ -370,6 +329,14 @@ private func measure(_ layouts: [[Roles]], _ scene: Scene, _ cpus: [Int], _ repo
           + "\(batch) frames a turn, \(interruptions) turns interrupted")
     }
   }
+}
+
+/// What a pipeline is to reach, of the frames that the fused layout forwards on as many cores: on all that it has, and
+/// on those that it keeps busy, as its stages differ in length.
+private let shareOfFusedMin = 0.8
+
+private func verdict(_ share: Double) -> String {
+  "\(share >= shareOfFusedMin ? "yes" : "NO") (\(Report.decimal(share, 2)))"
 }
 
 private func name(_ layout: [Roles]) -> String {

@@ -145,6 +145,10 @@ public struct Configuration: Equatable, Sendable {
     public var dispatchLowerFramesPerSecond: Int
     public var dispatchPeriodMilliseconds: Int
     public var sourcePorts: Int
+    /// Whether links send trains (UDP GSO).
+    public var gso: Bool
+    /// Whether the underlay's sockets take trains (UDP GRO).
+    public var gro: Bool
     public var hugePages: HugePages
     /// Features of io_uring that are not used even where the kernel has them.
     public var without: UringFeatures

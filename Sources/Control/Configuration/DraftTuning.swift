@@ -27,7 +27,9 @@ extension Draft {
       let upper = tuning.integer("dispatch_upper_fps"),
       let lower = tuning.integer("dispatch_lower_fps"),
       let period = tuning.integer("dispatch_period_ms"),
-      let sourcePorts = tuning.integer("source_ports")
+      let sourcePorts = tuning.integer("source_ports"),
+      let gso = tuning.boolean("gso"),
+      let gro = tuning.boolean("gro")
     else { return nil }
     return Configuration.Tuning(
       layout: layout, cpus: cpus, dispatch: dispatch, yield: yield, io: io, ringEntries: ringEntries,
@@ -35,6 +37,7 @@ extension Draft {
       ringDepthFrames: tuning.integer("ring_depth_frames"), ringBatchFrames: ringBatch,
       sendBufferBytes: sendBuffer, receiveBufferBytes: receiveBuffer, dispatchUpperFramesPerSecond: upper,
       dispatchLowerFramesPerSecond: lower, dispatchPeriodMilliseconds: period, sourcePorts: sourcePorts,
+      gso: gso, gro: gro,
       hugePages: hugePages,
       without: UringFeatures(UringFeatures.names.filter { without.contains($0.name) }.map(\.feature)))
   }

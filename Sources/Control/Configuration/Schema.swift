@@ -348,6 +348,14 @@ public enum Schema {
       .tuning, "source_ports", .integer(1...64), default: .value(.integer(8)),
       "UDP source ports, one socket each, that a link spreads its flows over."),
     KeyDefinition(
+      .tuning, "gso", .boolean, default: .value(.boolean(true)),
+      "Whether frames of equal length leave a link in trains, one send for many datagrams (UDP GSO). `false`: one by "
+        + "one."),
+    KeyDefinition(
+      .tuning, "gro", .boolean, default: .value(.boolean(true)),
+      "Whether the underlay's sockets take trains, one receive for many datagrams of a flow (UDP GRO), which become "
+        + "super-frames at ports. `false`: one by one."),
+    KeyDefinition(
       .tuning, "huge_pages", .choice(words(Configuration.HugePages.self)), default: .value(.string("auto")),
       "Whether frame memory is huge pages. `auto`: where there are any; `on`: it does not start without; `off`: never."
     ),

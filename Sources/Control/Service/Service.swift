@@ -171,7 +171,7 @@ public final class Service {
         for worker in plan.receivers {
           let descriptor = try UnderlaySocket.receive(
             on: address, port: udpPort, encapsulation: configured.onTheWire, isShared: isShared,
-            bufferBytes: tuning.receiveBufferBytes)
+            bufferBytes: tuning.receiveBufferBytes, takesTrains: tuning.gro)
           underlaySockets.append(
             UnderlayState(
               worker: worker, source: plan.source(family: family, encapsulation: number),
@@ -209,6 +209,9 @@ public final class Service {
     }
     ports[port].device = device
     ports[port].wasMade = device.wasMade
+    for (what, why, remedy) in device.shortcomings(offloads: configured.offloads) {
+      log.warning("\(what)", metadata: ["device": "\(configured.device)", "why": "\(why)", "remedy": "\(remedy)"])
+    }
     log.info(
       "port",
       metadata: [
@@ -286,6 +289,7 @@ public final class Service {
       settings.worker.interfaces = plan.interfaceCount
       settings.worker.domains = plan.domains.count
       settings.worker.operations = tuning.slots * 8
+      settings.worker.formsTrains = tuning.gso
       let worker = try WorkerThread(settings, controlWaker: waker, snapshot: snapshot)
       workers.append(worker)
       interfaceCounters.append((0..<plan.interfaceCount).map { _ in CounterBlock() })
@@ -332,6 +336,7 @@ public final class Service {
     InterfaceRecord(
       plan.ports[port].kind.record, laneFirst: plan.lane(port: port), laneCount: 1, mtuBytes: ports[port].mtuBytes,
       takesSuperFrames: plan.ports[port].offloads,
+      takesUDPSuperFrames: ports[port].device?.takesUDPSuperFrames ?? true,
       counters: interfaceCounters[worker][plan.interface(port: port).index].writer)
   }
 

@@ -17,20 +17,27 @@ public struct InterfaceRecord: BitwiseCopyable, Sendable {
   public var frameBytesMax: UInt32
   /// Whether super-frames leave by it whole: a port whose other side cuts them or takes them as they are.
   public var takesSuperFrames: Bool
+  /// Whether those of UDP do too; not on a kernel that knows none (before 6.2).
+  public var takesUDPSuperFrames: Bool
   public var counters: CounterBlock.Writer
 
   /// - Parameter mtuBytes: the longest payload; the Ethernet header and two VLAN tags come on top, as a switch allows.
   public init(
     _ kind: Kind, laneFirst: Int, laneCount: Int, mtuBytes: Int = FrameMemory.payloadBytesMax,
-    takesSuperFrames: Bool = true, counters: CounterBlock.Writer
+    takesSuperFrames: Bool = true, takesUDPSuperFrames: Bool = true, counters: CounterBlock.Writer
   ) {
     self.kind = kind
     self.laneFirst = UInt32(laneFirst)
     self.laneCount = UInt32(laneCount)
     self.takesSuperFrames = takesSuperFrames && !kind.isLink
+    self.takesUDPSuperFrames = takesUDPSuperFrames
     frameBytesMax = UInt32(mtuBytes + EthernetHeader.bytes + 2 * VLANTag.bytes)
     self.counters = counters
   }
+
+  /// Whether a super-frame of UDP, or one of TCP, leaves by it whole.
+  @inline(__always)
+  func takesWhole(isUDP: Bool) -> Bool { takesSuperFrames && (takesUDPSuperFrames || !isUDP) }
 }
 
 /// The counters of one worker, by what they count. Indices that are not in use count into a block that nobody reads.

@@ -20,6 +20,8 @@ struct TransmitStage: ~Copyable {
   private var dirty: FixedArray<UInt32>
   private var dirtyCount = 0
   private var lastFlushSecond: UInt32 = 0
+  /// Of each lane that is opened.
+  private let trainFramesMax: UInt32
 
   struct Lane: BitwiseCopyable {
     var kind = LaneKind.tap
@@ -51,7 +53,8 @@ struct TransmitStage: ~Copyable {
     case failed
   }
 
-  init(laneCount: Int, operationCount: Int) {
+  init(laneCount: Int, operationCount: Int, formsTrains: Bool = true) {
+    trainFramesMax = formsTrains ? UInt32(SendPool.trainFramesMax) : 1
     pool = SendPool(count: operationCount)
     lanes = FixedArray(repeating: Lane(), count: laneCount)
     dirty = FixedArray(repeating: 0, count: laneCount)
@@ -60,7 +63,7 @@ struct TransmitStage: ~Copyable {
   mutating func open(
     _ lane: Int, _ kind: LaneKind, interface: InterfaceIndex, descriptor: Int32, _ io: inout some WorkerIO & ~Copyable
   ) {
-    lanes[lane] = Lane(kind: kind, interface: interface, state: .open)
+    lanes[lane] = Lane(kind: kind, interface: interface, state: .open, trainFramesMax: trainFramesMax)
     io.openLane(lane, kind, descriptor: descriptor)
   }
 
@@ -112,13 +115,14 @@ struct TransmitStage: ~Copyable {
     _ memory: inout FrameMemory, _ counters: borrowing CounterTable
   ) {
     let record = counters[egress]
-    guard let whole = superFrame(descriptor, mustBeInOnePiece: !record.takesSuperFrames, memory) else {
+    let goesWhole = record.takesWhole(isUDP: descriptor.offload.segmentation == .udp)
+    guard let whole = superFrame(descriptor, mustBeInOnePiece: !goesWhole, memory) else {
       // Whoever sent it is to blame, not where it would go: it was never offered here.
       return drop(.dropBadOffload, descriptor, descriptor.ingress, &memory, counters)
     }
     let longest = UInt32(truncatingIfNeeded: whole.segmentBytesMax)
     guard let index = lane(for: descriptor, longest, egress, record, canHoldBack, &memory, counters) else { return }
-    if !record.takesSuperFrames {
+    if !goesWhole {
       joinSegments(of: whole, index, descriptor, egress, Self.header(record.kind, vni), &memory, counters)
     } else {
       var offload = descriptor.offload
@@ -154,7 +158,7 @@ struct TransmitStage: ~Copyable {
         break
       }
       memory.hold(run.descriptor.buffer, adding: 1)
-      let joined = record.takesSuperFrames ? joinFrames(of: run, from: number, index, egress, &memory) : 1
+      let joined = record.takesSuperFrames ? joinFrames(of: run, from: number, index, egress, record, &memory) : 1
       if joined == 1 { join(index, run.frame(number), egress, header, &memory, counters) }
       number += joined
     }
@@ -172,10 +176,11 @@ struct TransmitStage: ~Copyable {
   /// Queues the longest super-frame that the frames from one on make; returns how many they are. 1: it makes none, and
   /// nothing was queued.
   private mutating func joinFrames(
-    of run: TrainRun, from number: Int, _ index: Int, _ egress: InterfaceIndex, _ memory: inout FrameMemory
+    of run: TrainRun, from number: Int, _ index: Int, _ egress: InterfaceIndex, _ record: InterfaceRecord,
+    _ memory: inout FrameMemory
   ) -> Int {
     guard number + 1 < run.count, pool.mayJoin, let rest = run.from(number),
-      var joined = Coalescer(memory.head(of: rest.frame(0)))
+      var joined = Coalescer(memory.head(of: rest.frame(0))), record.takesWhole(isUDP: !joined.isTCP)
     else { return 1 }
     while joined.frameCount < rest.count, !joined.isComplete,
       joined.join(memory.head(of: rest.frame(0)), memory.head(of: rest.frame(joined.frameCount)))

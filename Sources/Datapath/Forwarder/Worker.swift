@@ -92,7 +92,8 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     self.joints = joints
     receive = ReceiveStage(sourceCount: settings.sources, postedMax: settings.postedSlots)
     route = RouteStage(view, domainCount: settings.domains)
-    transmit = TransmitStage(laneCount: settings.lanes, operationCount: settings.operations)
+    transmit = TransmitStage(
+      laneCount: settings.lanes, operationCount: settings.operations, formsTrains: settings.formsTrains)
     commands = mailbox.commands.makeConsumer()
     reports = mailbox.reports.makeProducer()
     controlWaker = mailbox.controlWaker
@@ -133,6 +134,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
         io.arm(Int(event.index), &memory)
       }
     }
+    if received.count > 0 { counters.worker.add(.receives, received.count) }
     if roles != .all { exchange() }
 
     // 3.
@@ -513,6 +515,8 @@ public struct WorkerSettings: Sendable {
   public var interfaces = 1
   public var domains = 1
   public var operations = 1_024
+  /// Whether datagrams leave in trains (UDP GSO).
+  public var formsTrains = true
   /// The start of second 1 of learning and ageing, which all workers and control share; nil: now.
   public var epochNanoseconds: UInt64?
   public init() {}

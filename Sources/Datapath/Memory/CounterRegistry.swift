@@ -37,7 +37,7 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
   case macsLearned, macMoves, macFreezes, macFrozenFrames, macLimitFrames, macsAged
 
   // Workers.
-  case enters, completions, turns, sleeps, wakeups, neighbourWakes, commands
+  case enters, completions, receives, turns, sleeps, wakeups, neighbourWakes, commands
   case batches1, batches2to3, batches4to7, batches8to15, batches16to31, batches32to63, batches64up
   case receiveRearms, receiveStarved, completionOverflows
   case sendChains, laneBlocks, resends
@@ -218,6 +218,10 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
         "enters", [.worker], "Calls into the kernel: io_uring_enter, or every system call with io = \"syscalls\".",
         unit: "calls")
     case .completions: define("completions", [.worker], "Completions handled.", unit: "completions")
+    case .receives:
+      define(
+        "receives", [.worker],
+        "Frames received, where a super-frame, or a train of the underlay's datagrams, counts as one.")
     case .turns: define("turns", [.worker], "Turns of the run loop.", unit: "turns")
     case .sleeps: define("sleeps", [.worker], "Turns that slept in the kernel.", unit: "turns")
     case .wakeups: define("wakeups", [.worker], "Wake-ups by control and by neighbours.", unit: "wake-ups")

@@ -69,6 +69,45 @@ public struct TapDevice: Sendable {
   public let queues: [Int32]
   /// Whether the device was made here, rather than found.
   public let wasMade: Bool
+  /// What was agreed on with the kernel.
+  public let offloads: Offloads
+  /// Why the longest super-frame of a device that was made could not be set: an error number, and the length in bytes.
+  public let superFrameBytesRefused: (number: Int32, bytes: Int)?
+
+  /// What a guest may leave to us, and what may be written for it: more from case to case.
+  public enum Offloads: Int, CaseIterable, Sendable {
+    case none
+    /// Checksums.
+    case checksums
+    /// And TCP super-frames.
+    case tcp
+    /// And UDP super-frames: USO, IPv4 and IPv6 only together, since Linux 6.2. A kernel without them refuses to have
+    /// them written, too.
+    case tcpAndUDP
+
+    /// The bits for TUNSETOFFLOAD.
+    var bits: UInt {
+      let tcp = UInt(TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN)
+      return switch self {
+      case .none: 0
+      case .checksums: UInt(TUN_F_CSUM)
+      case .tcp: tcp
+      case .tcpAndUDP: tcp | UInt(CLINUX_TUN_F_USO4 | CLINUX_TUN_F_USO6)
+      }
+    }
+
+    /// Asks for all, then for less and less where the kernel does not know what was asked for (EINVAL); for nothing at
+    /// all where none are wanted.
+    /// - Parameter set: 0 or an error number.
+    static func agree(isWanted: Bool, set: (UInt) -> Int32) throws(SystemError) -> Offloads {
+      for offloads in isWanted ? allCases.reversed() : [.none] {
+        let number = set(offloads.bits)
+        if number == 0 { return offloads }
+        guard number == EINVAL else { throw SystemError(number, doing: "set offloads") }
+      }
+      throw SystemError(EINVAL, doing: "set offloads")
+    }
+  }
 
   /// The longest payload that a TAP takes: an IP packet of 65,535 bytes less the Ethernet header (`MAX_MTU` and
   /// `hard_header_len` of the kernel's drivers/net/tun.c).
@@ -92,18 +131,23 @@ public struct TapDevice: Sendable {
   ) throws(PortError) -> TapDevice {
     let existed = unsafe if_nametoindex(name) != 0
     var descriptors: [Int32] = []
+    var agreed = Offloads.none
+    var superFrameBytesRefused: (number: Int32, bytes: Int)?
     do throws(PortError) {
       for _ in 0..<queues {
-        descriptors.append(
-          try openQueue(
-            name, isMultiQueue: queues > 1, existed: existed, offloads: offloads, retries))
+        let queue = try openQueue(name, isMultiQueue: queues > 1, existed: existed, offloads: offloads, retries)
+        descriptors.append(queue.descriptor)
+        // The device's, whichever queue they were asked for by.
+        agreed = queue.offloads
       }
-      if !existed { try configure(name, mtuBytes, mac) }
+      if !existed { superFrameBytesRefused = try configure(name, mtuBytes, mac) }
     } catch {
       for descriptor in descriptors { Glibc.close(descriptor) }
       throw error
     }
-    return TapDevice(name: name, queues: descriptors, wasMade: !existed)
+    return TapDevice(
+      name: name, queues: descriptors, wasMade: !existed, offloads: agreed,
+      superFrameBytesRefused: superFrameBytesRefused)
   }
 
   /// The device's MTU now, in bytes; nil when it is not in this namespace any more.
@@ -120,7 +164,7 @@ public struct TapDevice: Sendable {
 
   private static func openQueue(
     _ name: String, isMultiQueue: Bool, existed: Bool, offloads: Bool, _ retries: Int
-  ) throws(PortError) -> Int32 {
+  ) throws(PortError) -> (descriptor: Int32, offloads: Offloads) {
     let doing = "attach TAP device \(name)"
     let descriptor = unsafe Glibc.open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC)
     guard descriptor >= 0 else {
@@ -135,7 +179,14 @@ public struct TapDevice: Sendable {
     // An existing device made for several queues wants to be opened as such, even for one.
     if number == EINVAL && existed && !isMultiQueue { number = attach(descriptor, name, true, retries) }
     if number == 0, clinux_tap_set_header_bytes(descriptor, Int32(TapPort.headerBytes)) < 0 { number = errno }
-    if number == 0 { number = setOffloads(descriptor, offloads) }
+    var agreed = Offloads.none
+    if number == 0 {
+      do throws(SystemError) {
+        agreed = try Offloads.agree(isWanted: offloads) { clinux_tap_set_offloads(descriptor, $0) == 0 ? 0 : errno }
+      } catch {
+        number = error.number
+      }
+    }
     guard number == 0 else {
       Glibc.close(descriptor)
       let remedy =
@@ -149,19 +200,7 @@ public struct TapDevice: Sendable {
         }
       throw PortError(doing: doing, number: number, remedy: remedy, mayPass: number == EBUSY)
     }
-    return descriptor
-  }
-
-  /// What a guest may leave to us: checksums, TCP super-frames, UDP super-frames (USO, both versions only together,
-  /// since 6.2). A kernel that lacks some gets less; 0 or an error number.
-  private static func setOffloads(_ descriptor: Int32, _ wanted: Bool) -> Int32 {
-    let tcp = UInt(TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN)
-    let udp = UInt(CLINUX_TUN_F_USO4 | CLINUX_TUN_F_USO6)
-    for offloads in wanted ? [tcp | udp, tcp, UInt(TUN_F_CSUM), 0] : [0] {
-      if clinux_tap_set_offloads(descriptor, offloads) == 0 { return 0 }
-      if errno != EINVAL { return errno }
-    }
-    return EINVAL
+    return (descriptor, agreed)
   }
 
   private static func attach(_ descriptor: Int32, _ name: String, _ isMultiQueue: Bool, _ retries: Int) -> Int32 {
@@ -181,7 +220,10 @@ public struct TapDevice: Sendable {
     return min(segments * max(1, mtuBytes - 40), 65_536)
   }
 
-  private static func configure(_ name: String, _ mtuBytes: Int, _ mac: MACAddress) throws(PortError) {
+  /// - Returns: why the longest super-frame could not be set, and its length, where it could not.
+  private static func configure(
+    _ name: String, _ mtuBytes: Int, _ mac: MACAddress
+  ) throws(PortError) -> (number: Int32, bytes: Int)? {
     let control = socket(AF_INET, Int32(SOCK_DGRAM.rawValue) | Int32(SOCK_CLOEXEC.rawValue), 0)
     defer { Glibc.close(control) }
     if unsafe clinux_device_set_mtu(control, name, Int32(mtuBytes)) < 0 {
@@ -189,14 +231,16 @@ public struct TapDevice: Sendable {
         doing: "set the MTU of \(name) to \(mtuBytes)", number: errno, remedy: "choose an MTU from 68 to \(mtuBytesMax)"
       )
     }
-    let bytes = (0..<6).map { UInt8(truncatingIfNeeded: mac.bits >> UInt64(40 - 8 * $0)) }
-    guard unsafe clinux_device_set_mac(control, name, bytes) == 0 else {
+    let macBytes = (0..<6).map { UInt8(truncatingIfNeeded: mac.bits >> UInt64(40 - 8 * $0)) }
+    guard unsafe clinux_device_set_mac(control, name, macBytes) == 0 else {
       throw PortError(doing: "give \(name) the MAC address \(mac)", number: errno, remedy: "see `dmesg`")
     }
     // One super-frame becomes one train, with its headers. Where the kernel cannot be told, some become two.
-    _ = unsafe clinux_device_set_super_frame_bytes(name, UInt32(superFrameBytes(mtuBytes: mtuBytes)))
+    let bytes = superFrameBytes(mtuBytes: mtuBytes)
+    let refused = unsafe clinux_device_set_super_frame_bytes(name, UInt32(bytes)) == 0 ? nil : (number: errno, bytes)
     guard unsafe clinux_device_set_up(control, name) == 0 else {
       throw PortError(doing: "bring \(name) up", number: errno, remedy: "run as root or with CAP_NET_ADMIN")
     }
+    return refused
   }
 }

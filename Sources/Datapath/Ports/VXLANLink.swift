@@ -67,8 +67,11 @@ public enum UnderlaySocket {
   /// - Parameters:
   ///   - isShared: whether several workers bind the same address, each to a share of the flows (SO_REUSEPORT).
   ///   - bufferBytes: receive buffer; beyond the system's limit only with CAP_NET_ADMIN.
+  ///   - takesTrains: whether datagrams of one flow come as one train (UDP_GRO). A kernel before 5.0 has no such
+  ///     option, and they come singly.
   public static func receive(
-    on address: UnderlayAddress, port: UInt16, encapsulation: Encapsulation, isShared: Bool, bufferBytes: Int
+    on address: UnderlayAddress, port: UInt16, encapsulation: Encapsulation, isShared: Bool, bufferBytes: Int,
+    takesTrains: Bool = true
   ) throws(PortError) -> Int32 {
     let doing = "receive on \(text(address, port))"
     let descriptor = try make(address, doing)
@@ -81,8 +84,7 @@ public enum UnderlaySocket {
       } else {
         try set(descriptor, Int32(IPPROTO_IPV6), IPV6_RECVTCLASS, 1, doing)
       }
-      // Datagrams of one flow come as one train. A kernel before 5.0 has no such option, and they come singly.
-      try? set(descriptor, Int32(IPPROTO_UDP), CLINUX_UDP_GRO, 1, doing)
+      if takesTrains { try? set(descriptor, Int32(IPPROTO_UDP), CLINUX_UDP_GRO, 1, doing) }
       try bind(
         descriptor, address, port, doing, portKey: encapsulation == .vxlan ? "vxlan_port" : "vnetp_port",
         retries: busyRetries)
