@@ -9,8 +9,10 @@ struct LabError: Error, CustomStringConvertible {
 /// Waits until `condition` holds and says whether it did within `seconds`.
 ///
 /// Every wait of the lab is bounded: a test that hangs would hide the ones behind it.
-func eventually(within seconds: Double = 10, _ condition: () throws -> Bool) rethrows -> Bool {
-  let pollMicroseconds: UInt32 = 5_000
+/// - Parameter pollMicroseconds: how long it sleeps between two tries; 0 where the condition does.
+func eventually(
+  within seconds: Double = 10, pollMicroseconds: UInt32 = 5_000, _ condition: () throws -> Bool
+) rethrows -> Bool {
   let deadline = ContinuousClock.now + .seconds(seconds)
   while try !condition() {
     guard ContinuousClock.now < deadline else { return false }

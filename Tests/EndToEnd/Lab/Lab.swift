@@ -2,7 +2,7 @@ import Glibc
 import Synchronization
 import Testing
 
-/// The protocol of the underlay.
+/// The protocol of the underlay, or of what guests say.
 enum Family: String, CaseIterable, CustomTestStringConvertible {
   case ipv4 = "IPv4"
   case ipv6 = "IPv6"
@@ -10,6 +10,10 @@ enum Family: String, CaseIterable, CustomTestStringConvertible {
   /// What VXLAN puts around a frame's payload: inner Ethernet (14), VXLAN (8), UDP (8), IPv4 (20) or IPv6 (40).
   var overheadBytes: Int { self == .ipv4 ? 50 : 70 }
   var testDescription: String { "\(rawValue) underlay" }
+
+  init(of address: String) { self = address.contains(":") ? .ipv6 : .ipv4 }
+  /// As socket(2) takes it.
+  var number: Int32 { self == .ipv4 ? AF_INET : AF_INET6 }
 }
 
 /// A host of the overlay: a namespace with one underlay device.
@@ -31,6 +35,9 @@ struct Guest {
   let namespace: Namespace
   /// Its IPv4 address; guests with the same number have the same, in whatever domain they are.
   var address: String { "10.1.0.\(number)" }
+  /// Its IPv6 address, once it `speaksIPv6`.
+  var addressIPv6: String { "fd01::\(number)" }
+  func address(_ family: Family) -> String { family == .ipv4 ? address : addressIPv6 }
   var mac: MAC { MAC(0x02, 0, 0, 0, 0, UInt8(number)) }
   static let device = "eth0"
 }
