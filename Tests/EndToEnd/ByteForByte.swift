@@ -126,5 +126,88 @@ extension EndToEnd {
         try setting.expectNothingLost()
       }
     }
+
+    @Test(
+      "congestion on the way is told to the guests, and what they say stays right",
+      .disabled(if: Obstacle.toCongestionMarks != nil, "\(Obstacle.toCongestionMarks ?? "")"),
+      arguments: Family.allCases)
+    func congestionMarks(family: Family) throws {
+      try withLab { lab in
+        let setting = try Setting(lab, Other(family: family))
+        for host in setting.hosts { try Lab.markCongestion(in: host.namespace) }
+        var exchange = Exchange(a: setting.guests[0], b: setting.guests[1], random: SeededRandom(seed: 8))
+        for inner in Family.allCases { try exchange.stream(inner, bytes: 4_000_000) }
+        try exchange.superDatagrams(.ipv4, count: 6)
+        for guest in setting.guests {
+          // Marked packets that came, and the other end's word that marked packets of ours had come (ECE).
+          let counters = try guest.kernelCounters(["IpExtInCEPkts", "Ip6InCEPkts", "TcpExtTCPDeliveredCE"])
+          #expect(counters.values.allSatisfy { $0 > 0 }, "\(counters)")
+        }
+        try setting.expectNothingLost()
+      }
+    }
+
+    @Test("tagged super-frames arrive whole and with their tags", arguments: [Other(), Other(isKernel: true)])
+    func taggedSuperFrames(other: Other) throws {
+      try withLab { lab in
+        let setting = try Setting(lab, other)
+        let sockets = try setting.guests.map { try PacketSocket(in: $0.namespace, takesOffloads: true) }
+        var random = SeededRandom(seed: 9)
+        func received() throws -> Int { try setting.forwarders[0].counters().total("in_bytes", .ports) }
+        let before = try received()
+        var sentBytes = 0
+        for types in [[], [Frame.customerTag], [Frame.serviceTag], [Frame.serviceTag, Frame.customerTag]] {
+          // Priority 5, VLAN 7, 8, …: all the tag's 16 bits have to stay.
+          let tags = types.enumerated().map { (type: $0.element, id: UInt16(5 << 13 | (7 + $0.offset))) }
+          for (isIPv4, isTCP) in [(true, true), (false, true), (true, false), (false, false)] {
+            for (from, to) in [(0, 1), (1, 0)] {
+              for _ in 0..<3 {
+                let segmentBytes = Int.random(in: 500...1_400, using: &random)
+                let payload = random.bytes(
+                  segmentBytes * Int.random(in: 1...40, using: &random) + random.size(upTo: 500))
+                let sequence = UInt32(truncatingIfNeeded: random.next())
+                let (offload, frame) = Frame.superFrame(
+                  isIPv4: isIPv4, isTCP: isTCP, to: setting.guests[to].mac, from: setting.guests[from].mac, tags: tags,
+                  segmentBytes: segmentBytes, sequence: sequence, payload: payload)
+                try sockets[from].send(frame, offload)
+                if from == 0 { sentBytes += frame.count }
+                let words =
+                  "\(isTCP ? "TCP" : "UDP"), IPv\(isIPv4 ? 4 : 6), \(types.count) tags, from guest \(from + 1)"
+                let arrived = try segments(of: payload.count, from: sockets[to]) {
+                  Frame.Segment($0, isIPv4: isIPv4, isTCP: isTCP, tagCount: types.count)
+                }
+                var next = sequence
+                for segment in arrived {
+                  #expect(segment.head == frame[..<(14 + 4 * types.count)], "\(words)")
+                  #expect(segment.service == 0xb8, "\(words)")
+                  if isTCP { #expect(segment.sequence == next, "\(words)") }
+                  next &+= UInt32(segment.payload.count)
+                }
+                let found = firstDifference(arrived.flatMap(\.payload)[...], from: payload[...])
+                #expect(found == nil, "\(words): \(payload.count) bytes in segments of \(segmentBytes)")
+              }
+            }
+          }
+        }
+        // They came in whole, with their headers once; the guest's kernel speaks a little by itself.
+        #expect(try received() - before < sentBytes + 5_000)
+        try setting.expectNothingLost()
+      }
+    }
+
+    /// Takes segments until they carry so many bytes, or none comes any more. Where the checksum stands, it is right.
+    private func segments(
+      of bytes: Int, from socket: PacketSocket, _ parse: ([UInt8]) -> Frame.Segment?
+    ) throws -> [Frame.Segment] {
+      var segments: [Frame.Segment] = []
+      var left = bytes
+      while left > 0, let (frame, offload) = try socket.receiveWithOffload() {
+        guard let segment = parse(frame) else { continue }
+        if !offload.needsChecksum { #expect(segment.isSumRight) }
+        left -= segment.payload.count
+        segments.append(segment)
+      }
+      return segments
+    }
   }
 }

@@ -211,6 +211,14 @@ final class Lab {
       "tx-udp_tnl-segmentation", "off", "tx-udp_tnl-csum-segmentation", "off")
   }
 
+  /// Says of some VXLAN datagrams that leave a namespace that they met congestion, where their sender takes that.
+  static func markCongestion(in namespace: Namespace) throws {
+    let rule = "add rule inet marks out udp dport 4789"
+    let rules = ["ip", "ip6"].map { "\(rule) \($0) ecn ect0 numgen random mod 8 0 \($0) ecn set ce" }
+    let chain = "add chain inet marks out { type filter hook output priority 0; }"
+    try namespace.run(["nft", (["add table inet marks", chain] + rules).joined(separator: "; ")])
+  }
+
   /// The kernel's own overlay on a host: a VXLAN device and a bridge, with a new guest in it.
   func kernelOverlay(on host: Host, remote: Host, guest number: Int, vni: Int = 42) throws -> Guest {
     let namespace = host.namespace
@@ -294,6 +302,15 @@ enum Obstacle {
       "ip", "link", "add", "link", devices[0], "name", devices[0] + ".7", "type", "vlan", "id", "7",
     ])
     return makes == nil || tags == nil ? "this kernel makes no VLAN devices" : nil
+  }()
+
+  static let toCongestionMarks: String? = {
+    if let toForwarder { return toForwarder }
+    if (try? execute(["sh", "-c", "command -v nft"])) == nil { return "needs nft, which tools/setup installs" }
+    guard let namespace = try? Namespace(name: "vnetr-test-\(getpid())-marks"),
+      (try? Lab.markCongestion(in: namespace)) != nil
+    else { return "this kernel's nftables mark no packets" }
+    return nil
   }()
 
   static let toVirtualMachine: String? = {

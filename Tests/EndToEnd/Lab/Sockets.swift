@@ -50,12 +50,20 @@ final class PacketSocket {
   }
 
   /// The next frame as it was on the wire, with its VLAN tags; nil when none comes in time.
-  func receive(seconds: Double = 1) throws -> [UInt8]? {
+  func receive(seconds: Double = 1) throws -> [UInt8]? { try receiveWithOffload(seconds: seconds)?.frame }
+
+  /// The next frame, and what is to be done to it yet, where the socket `takesOffloads`; nil when none comes in time.
+  func receiveWithOffload(seconds: Double = 1) throws -> (frame: [UInt8], offload: OffloadHeader)? {
     guard waitForInput(descriptor, seconds: seconds) else { return nil }
     var (frame, control) = try receiveMessage(descriptor, "packet socket")
-    if takesOffloads { frame.removeFirst(min(frame.count, OffloadHeader.bytes)) }
+    var offload = OffloadHeader()
+    if takesOffloads {
+      guard let found = unsafe OffloadHeader(frame.span.bytes) else { throw LabError("no offload header") }
+      offload = found
+      frame.removeFirst(OffloadHeader.bytes)
+    }
     if let tag = vlanTag(control), frame.count >= 12 { frame.insert(contentsOf: tag, at: 12) }
-    return frame
+    return (frame, offload)
   }
 
   /// The numbers of the numbered frames that arrive until none has come for `quietSeconds`.

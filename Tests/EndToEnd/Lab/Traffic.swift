@@ -58,14 +58,19 @@ extension Guest {
 
   /// The checksum errors that the guest's kernel has counted since it exists, by counter.
   func checksumErrors() throws -> [String: Int] {
-    let report = try namespace.run("nstat", "--zeros", "--ignore", "--json")
-    let counters = try JSONDecoder().decode([String: [String: Int]].self, from: Data(report.utf8))["kernel"] ?? [:]
     let wanted = [
       "TcpInCsumErrors", "UdpInCsumErrors", "Udp6InCsumErrors", "IcmpInCsumErrors", "IpInHdrErrors", "Ip6InHdrErrors",
     ]
+    return try kernelCounters(wanted).filter { $0.value != 0 }
+  }
+
+  /// Some of what the guest's kernel has counted since it exists.
+  func kernelCounters(_ wanted: [String]) throws -> [String: Int] {
+    let report = try namespace.run("nstat", "--zeros", "--ignore", "--json")
+    let counters = try JSONDecoder().decode([String: [String: Int]].self, from: Data(report.utf8))["kernel"] ?? [:]
     let found = counters.filter { wanted.contains($0.key) }
     guard found.count == wanted.count else { throw LabError("nstat does not report \(wanted): \(counters.keys)") }
-    return found.filter { $0.value != 0 }
+    return found
   }
 
   /// Sets what the device does for the guest's kernel, and returns what it does now, by ethtool's names: a device that
