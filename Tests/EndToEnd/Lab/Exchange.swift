@@ -1,5 +1,4 @@
 import Glibc
-import Testing
 
 /// Random bytes and sizes that a seed makes again.
 struct SeededRandom: RandomNumberGenerator {
@@ -159,7 +158,7 @@ final class RunningStream {
   }
 }
 
-/// What travels between two guests and is compared, byte for byte, with what was sent.
+/// What travels between two guests and is compared, byte for byte, with what was sent: a difference throws.
 struct Exchange {
   let a: Guest
   let b: Guest
@@ -174,44 +173,42 @@ struct Exchange {
   private static let burstDatagrams = 32
 
   /// A TCP connection of writes of all sizes, each direction of which ends by itself.
-  mutating func stream(
-    _ family: Family, bytes: Int, _ options: [SocketOption] = [], sourceLocation: SourceLocation = #_sourceLocation
-  ) throws {
+  mutating func stream(_ family: Family, bytes: Int, _ options: [SocketOption] = []) throws {
     let stream = try RunningStream(from: a, to: b, family, options, seed: random.next())
-    let found = try stream.finish(bytes: [bytes, bytes / 2])
-    #expect(found == nil, "\(name): TCP, \(family.rawValue)", sourceLocation: sourceLocation)
+    if let found = try stream.finish(bytes: [bytes, bytes / 2]) {
+      throw LabError("\(name): TCP, \(family.rawValue): \(found)")
+    }
   }
 
   /// Urgent bytes at the end of each of some writes, read out of turn.
-  mutating func urgentBytes(_ family: Family, sourceLocation: SourceLocation = #_sourceLocation) throws {
+  mutating func urgentBytes(_ family: Family) throws {
     let listener = try StreamListener(in: b.namespace, address: b.address(family))
     let sender = try StreamSocket(in: a.namespace, to: b.address(family), port: listener.port)
     let receiver = try listener.accept(seconds: 10)
     for size in [1, 2, 1_000, 4_000, 20_000] {
       let bytes = random.bytes(size)
       guard try sender.send(bytes[...], isUrgent: true) == size else { throw LabError("\(size) bytes find no room") }
-      let urgent = try receiver.receiveUrgent()
-      #expect(urgent == bytes[size - 1], "\(name): urgent, \(family.rawValue)", sourceLocation: sourceLocation)
+      guard try receiver.receiveUrgent() == bytes[size - 1] else {
+        throw LabError("\(name): TCP, \(family.rawValue): another urgent byte, or none")
+      }
       var received: [UInt8] = []
       _ = try eventually { try receiver.receive(into: &received) || received.count >= size - 1 }
-      let found = firstDifference(received[...], from: bytes.dropLast())
-      #expect(found == nil, "\(name): before urgent, \(family.rawValue)", sourceLocation: sourceLocation)
+      if let found = firstDifference(received[...], from: bytes.dropLast()) {
+        throw LabError("\(name): TCP, \(family.rawValue), before an urgent byte: \(found)")
+      }
     }
   }
 
   /// Datagrams of all sizes, the longest in fragments, with every ECN mark and any DSCP, both ways.
   /// - Parameter headerBytes: what the options take of the longest datagram.
   mutating func datagrams(
-    _ family: Family, bytes: Int, _ options: [SocketOption] = [], headerBytes: Int = 0,
-    sourceLocation: SourceLocation = #_sourceLocation
+    _ family: Family, bytes: Int, _ options: [SocketOption] = [], headerBytes: Int = 0
   ) throws {
     // Linux counts the options of IPv6 twice here.
     let most = Self.datagramBytesMax(family) - 2 * headerBytes
     var sizes = [1, most]
     while sizes.reduce(0, +) < bytes { sizes.append(random.size(upTo: most)) }
-    try bothWays(
-      family, options, headerBytes: headerBytes, times: sizes.count, "UDP", sourceLocation
-    ) { number, random, socket, to in
+    try bothWays(family, options, headerBytes: headerBytes, times: sizes.count, "UDP") { number, random, socket, to in
       let payload = random.bytes(sizes[number])
       let service = UInt8(truncatingIfNeeded: random.next())
       try socket.setService(service)
@@ -222,10 +219,8 @@ struct Exchange {
 
   /// Datagrams that the sender hands to its kernel many at once (USO), of all sizes that one packet carries.
   /// - Parameter segmentBytesMax: the longest payload that needs no fragments.
-  mutating func superDatagrams(
-    _ family: Family, count: Int, segmentBytesMax: Int = 1_400, sourceLocation: SourceLocation = #_sourceLocation
-  ) throws {
-    try bothWays(family, [], times: count, "USO", sourceLocation) { number, random, socket, to in
+  mutating func superDatagrams(_ family: Family, count: Int, segmentBytesMax: Int = 1_400) throws {
+    try bothWays(family, [], times: count, "USO") { number, random, socket, to in
       let segmentBytes = number % 2 == 0 ? segmentBytesMax : random.size(upTo: segmentBytesMax)
       // As many as every kernel cuts (UDP_MAX_SEGMENTS before 6.9), the last shorter mostly.
       let segments = Int.random(in: 2...min(64, 65_000 / segmentBytes), using: &random)
@@ -247,7 +242,6 @@ struct Exchange {
   ///   - send: sends to an address once, and returns what has to arrive.
   private mutating func bothWays(
     _ family: Family, _ options: [SocketOption], headerBytes: Int = 0, times: Int, _ what: String,
-    _ sourceLocation: SourceLocation,
     _ send: (_ number: Int, inout SeededRandom, DatagramSocket, _ to: String) throws -> [Datagram]
   ) throws {
     // 1,500 bytes less the headers of IPv4 or IPv6 and of UDP.
@@ -269,19 +263,18 @@ struct Exchange {
         while !fragmented.isEmpty || !whole.isEmpty {
           guard let received = try receiver.receiveWithService(seconds: 2) else {
             let missing = (fragmented + whole).map(\.payload.count)
-            Issue.record("\(words): of these bytes each nothing comes: \(missing)", sourceLocation: sourceLocation)
-            return
+            throw LabError("\(words): of these bytes each nothing comes: \(missing)")
           }
           let isWhole = received.payload.count <= wholeBytesMax
           guard let expected = isWhole ? whole.popFirst() : fragmented.popFirst() else {
-            Issue.record("\(words): one more of \(received.payload.count) bytes", sourceLocation: sourceLocation)
-            return
+            throw LabError("\(words): one more of \(received.payload.count) bytes")
           }
           if let found = firstDifference(received.payload[...], from: expected.payload) {
-            Issue.record("\(words): \(found)", sourceLocation: sourceLocation)
-            return
+            throw LabError("\(words): \(found)")
           }
-          #expect(received.service == expected.service, "\(words): ToS", sourceLocation: sourceLocation)
+          guard received.service == expected.service else {
+            throw LabError("\(words): sent with ToS \(expected.service), received with \(received.service)")
+          }
         }
         burst = []
         burstBytes = 0
