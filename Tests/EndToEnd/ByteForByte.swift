@@ -86,7 +86,7 @@ extension EndToEnd {
     private static let optionsIPv4 = [
       SocketOption(IPPROTO_IP, IP_OPTIONS, bytes: [1, 7, 39, 4] + [UInt8](repeating: 0, count: 36))
     ]
-    /// Destination options with one for experiments, to be skipped where it is not known (RFC 8200 section 4.2, RFC 4727
+    /// Destination options: one for experiments, to be skipped where it is not known (RFC 8200 section 4.2, RFC 4727
     /// section 3.1).
     private static let optionsIPv6 = [
       SocketOption(IPPROTO_IPV6, IPV6_DSTOPTS, bytes: [0, 1, 0x1e, 12] + (1...12).map { UInt8($0) })

@@ -42,7 +42,7 @@ extension EndToEnd {
         return 100 * (try total("train_frames") - inTrains) / (try total("out_frames", .links) - frames)
       }
 
-      /// Each guest's port and each link, as they were when everything was up.
+      /// Stops the forwarders: each has accounted for every frame, and dropped none since it had dropped so many.
       func expectNoDrops(since before: [[String: Int]]) throws {
         for (node, before) in zip(nodes, before) {
           let report = try node.forwarder.stop()
@@ -50,6 +50,8 @@ extension EndToEnd {
           #expect(report.drops == before)
         }
       }
+
+      /// A device that is plugged in is down for a moment: some frames are dropped before a test starts.
       func drops() throws -> [[String: Int]] { try nodes.map { try $0.forwarder.counters().drops } }
 
       /// Sets the underlay's MTU at both ends while the stream runs.

@@ -174,7 +174,7 @@ final class DatagramSocket {
   func receiveWithService(seconds: Double = 1) throws -> (payload: [UInt8], service: UInt8)? {
     guard waitForInput(descriptor, seconds: seconds) else { return nil }
     let (payload, control) = try receiveMessage(descriptor, "UDP socket")
-    // One byte for IPv4, a number for IPv6, whose lowest byte comes first where it matters: on a little-endian machine.
+    // One byte for IPv4; for IPv6 a number in the machine's order, which is taken to be little-endian.
     return (payload, control?.value.first ?? 0)
   }
 }
