@@ -66,7 +66,8 @@ extension EndToEnd {
           // Both ask for and grant explicit congestion notification.
           try guest.namespace.setKernelParameter("net.ipv4.tcp_ecn", "1")
         }
-        guard try guests[0].ping(guests[1]).isComplete else { throw LabError("the guests do not reach each other") }
+        let ping = try guests[0].ping(guests[1])
+        guard ping.isComplete else { throw LabError("the guests do not reach each other: \(ping)") }
         // A device that is plugged in is down for a moment.
         before = try forwarders.map { try $0.counters().drops }
       }

@@ -24,7 +24,8 @@ extension EndToEnd {
           return try lab.node(host, configuration, guests: [host.index + 1], flags: ["--io", io])
         }
         self.hosts = hosts
-        guard try a.ping(b).isComplete else { throw LabError("the guests do not reach each other") }
+        let ping = try a.ping(b)
+        guard ping.isComplete else { throw LabError("the guests do not reach each other: \(ping)") }
       }
 
       /// A counter of the workers, or in another scope, of both hosts.
