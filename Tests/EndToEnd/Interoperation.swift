@@ -20,7 +20,7 @@ extension EndToEnd {
       let hosts = try lab.hosts(2, family: variant.family)
       let (forwarder, ours) = try lab.forwarder(on: hosts[0], peer: hosts[1], guest: 1)
       let kernels = try lab.kernelOverlay(on: hosts[1], remote: hosts[0], guest: 2)
-      for guest in [ours, kernels] { try guest.setOffloads(variant.offloads) }
+      for guest in [ours, kernels] { try guest.setOffloads(variant.offloads ? .all : .none) }
       return (forwarder, ours, kernels)
     }
 

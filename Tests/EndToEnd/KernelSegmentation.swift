@@ -21,52 +21,13 @@ extension EndToEnd {
     ]
     private static let source = MAC(0x02, 0, 0, 0, 0, 0x0a)
 
-    /// The offload header and the super-frame: 4 segments of 1,000 bytes and one of 777, with every flag that is
-    /// treated in its own way, an identification and a sequence that overflow, and options.
+    /// The offload header and the super-frame: 4 segments of 1,000 bytes and one of 777.
     private func made(_ kind: Kind) -> (offload: OffloadHeader, frame: [UInt8]) {
-      let payload = (0..<4_777).map { UInt8(truncatingIfNeeded: $0 &* 31) }
-      let ipProtocol: UInt8 = kind.isTCP ? 6 : 17
-      let transportBytes = (kind.isTCP ? 32 : 8) + payload.count
-      let addresses: [UInt8] =
-        kind.isIPv4
-        ? [10, 1, 2, 3, 10, 1, 2, 4]
-        : [0xfd] + [UInt8](repeating: 0, count: 14) + [1, 0xfd] + [UInt8](repeating: 0, count: 14) + [2]
-      let partial = sum(addresses + [0, ipProtocol] + networkOrder(UInt16(transportBytes)))
-      let ports = networkOrder(UInt16(40_000)) + networkOrder(UInt16(5_201))
-      var transport = ports
-      if kind.isTCP {
-        transport += networkOrder(UInt32.max - 1_500) + networkOrder(UInt32(7)) + [0x80, 0xd9, 1, 0]
-        transport += networkOrder(partial) + [0, 0, 1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2]
-      } else {
-        transport += networkOrder(UInt16(transportBytes)) + networkOrder(partial)
-      }
-      var packet: [UInt8]
-      if kind.isIPv4 {
-        packet =
-          [0x45, 0xb8] + networkOrder(UInt16(20 + transportBytes)) + [0xff, 0xfe, 0x40, 0, 64, ipProtocol, 0, 0]
-        packet += addresses
-        packet.replaceSubrange(10..<12, with: networkOrder(~sum(packet)))
-      } else {
-        packet = [0x6b, 0x80, 0, 5] + networkOrder(UInt16(transportBytes)) + [ipProtocol, 64] + addresses
-      }
-      var tags: [(type: UInt16, id: UInt16)] = []
-      if kind.isTagged { tags.append((Frame.customerTag, 7)) }
-      let frame = Frame.ethernet(
-        to: .broadcast, from: Self.source, type: kind.isIPv4 ? 0x0800 : 0x86dd,
-        tags: tags, payload: packet + transport + payload)
-      let start = frame.count - transportBytes
-      let offload = OffloadHeader(
-        flags: OffloadHeader.flagNeedsChecksum, gsoType: kind.isTCP ? (kind.isIPv4 ? 1 : 4) : 5,
-        headerLength: UInt16(start + transport.count), gsoSize: 1_000, checksumStart: UInt16(start),
-        checksumOffset: kind.isTCP ? 16 : 6)
-      return (offload, frame)
-    }
-
-    private func sum(_ bytes: [UInt8]) -> UInt16 {
-      var sum = 0
-      for (place, byte) in bytes.enumerated() { sum += place % 2 == 0 ? Int(byte) << 8 : Int(byte) }
-      while sum > 0xffff { sum = sum & 0xffff + sum >> 16 }
-      return UInt16(sum)
+      Frame.superFrame(
+        isIPv4: kind.isIPv4, isTCP: kind.isTCP, to: .broadcast, from: Self.source,
+        tags: kind.isTagged ? [(type: Frame.customerTag, id: UInt16(7))] : [], segmentBytes: 1_000,
+        sequence: UInt32.max - 1_500,
+        payload: (0..<4_777).map { UInt8(truncatingIfNeeded: $0 &* 31) })
     }
 
     /// The segments as they are cut here.

@@ -9,8 +9,10 @@ struct LabError: Error, CustomStringConvertible {
 /// Waits until `condition` holds and says whether it did within `seconds`.
 ///
 /// Every wait of the lab is bounded: a test that hangs would hide the ones behind it.
-func eventually(within seconds: Double = 10, _ condition: () throws -> Bool) rethrows -> Bool {
-  let pollMicroseconds: UInt32 = 5_000
+/// - Parameter pollMicroseconds: how long it sleeps between two tries; 0 where the condition does.
+func eventually(
+  within seconds: Double = 10, pollMicroseconds: UInt32 = 5_000, _ condition: () throws -> Bool
+) rethrows -> Bool {
   let deadline = ContinuousClock.now + .seconds(seconds)
   while try !condition() {
     guard ContinuousClock.now < deadline else { return false }
@@ -192,3 +194,28 @@ private func withCStrings<R>(
   defer { for index in unsafe pointers.indices { unsafe free(pointers[index]) } }
   return try unsafe pointers.withUnsafeBufferPointer { try unsafe body($0.baseAddress!) }
 }
+
+/// A descriptor that another process has open too: what is set through it is set for that process.
+final class BorrowedDescriptor {
+  let number: Int32
+
+  /// The first of the process's descriptors that was opened by this path.
+  init(of process: ChildProcess, path: String) throws {
+    let folder = "/proc/\(process.id)/fd"
+    let numbers = try execute(["ls", folder]).split(separator: "\n")
+    guard let theirs = numbers.first(where: { (try? execute(["readlink", "\(folder)/\($0)"])) == path + "\n" }),
+      let theirNumber = Int(theirs)
+    else { throw LabError("process \(process.id) has not opened \(path)") }
+    // pidfd_open(2) and pidfd_getfd(2), which older C libraries lack; their numbers are the same on all processors.
+    let processDescriptor = systemCall(434, Int(process.id), 0, 0)
+    defer { close(Int32(processDescriptor)) }
+    number = Int32(systemCall(438, processDescriptor, theirNumber, 0))
+    guard number >= 0 else { throw LabError("cannot borrow a descriptor of \(process.id): \(errorText(errno))") }
+  }
+
+  deinit { close(number) }
+}
+
+/// syscall(2), which Swift does not import: its arguments are variadic. It returns -1 and sets errno.
+@_silgen_name("syscall")
+private func systemCall(_ number: Int, _ first: Int, _ second: Int, _ third: Int) -> Int

@@ -123,6 +123,23 @@ struct CounterReport {
     }
     return member.map { value(members[$0]) } ?? members.values.reduce(0) { $0 + value($1) }
   }
+
+  /// Every frame that was dropped, here or in the kernel before, by reason.
+  var drops: [String: Int] {
+    var drops: [String: Int] = [:]
+    func add(_ counters: JSONValue?) {
+      guard case .object(let counters)? = counters else { return }
+      for case (let name, .number(let number)) in counters where name.contains("drop") && number > 0 {
+        drops[name, default: 0] += Int(number)
+      }
+    }
+    add(parts[Scope.underlay.rawValue])
+    for scope in [Scope.ports, .links] {
+      guard case .object(let members)? = parts[scope.rawValue] else { continue }
+      for member in members.values { add(member) }
+    }
+    return drops
+  }
 }
 
 enum JSONValue: Decodable, Equatable {
@@ -178,6 +195,7 @@ struct NodeConfiguration {
     var kind = "tap"
     var queues = 1
     var mtu: Int?
+    var offloads: Bool?
 
     /// A port on the device of that name, which is there already.
     static func packet(_ name: String, domain: String? = "blue", mtu: Int? = nil) -> Port {
@@ -256,7 +274,7 @@ struct NodeConfiguration {
         "[[port]]",
         [
           ("name", port.name), ("kind", port.kind), ("device", port.name), ("domain", port.domain),
-          ("queues", port.queues), ("mtu", port.mtu),
+          ("queues", port.queues), ("mtu", port.mtu), ("offloads", port.offloads),
         ])
     }
     for link in links {

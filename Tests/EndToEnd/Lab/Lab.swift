@@ -2,7 +2,7 @@ import Glibc
 import Synchronization
 import Testing
 
-/// The protocol of the underlay.
+/// The protocol of the underlay, or of what guests say.
 enum Family: String, CaseIterable, CustomTestStringConvertible {
   case ipv4 = "IPv4"
   case ipv6 = "IPv6"
@@ -10,6 +10,10 @@ enum Family: String, CaseIterable, CustomTestStringConvertible {
   /// What VXLAN puts around a frame's payload: inner Ethernet (14), VXLAN (8), UDP (8), IPv4 (20) or IPv6 (40).
   var overheadBytes: Int { self == .ipv4 ? 50 : 70 }
   var testDescription: String { "\(rawValue) underlay" }
+
+  init(of address: String) { self = address.contains(":") ? .ipv6 : .ipv4 }
+  /// As socket(2) takes it.
+  var number: Int32 { self == .ipv4 ? AF_INET : AF_INET6 }
 }
 
 /// A host of the overlay: a namespace with one underlay device.
@@ -31,6 +35,9 @@ struct Guest {
   let namespace: Namespace
   /// Its IPv4 address; guests with the same number have the same, in whatever domain they are.
   var address: String { "10.1.0.\(number)" }
+  /// Its IPv6 address, once it `speaksIPv6`.
+  var addressIPv6: String { "fd01::\(number)" }
+  func address(_ family: Family) -> String { family == .ipv4 ? address : addressIPv6 }
   var mac: MAC { MAC(0x02, 0, 0, 0, 0, UInt8(number)) }
   static let device = "eth0"
 }
@@ -204,6 +211,14 @@ final class Lab {
       "tx-udp_tnl-segmentation", "off", "tx-udp_tnl-csum-segmentation", "off")
   }
 
+  /// Says of some VXLAN datagrams that leave a namespace that they met congestion, where their sender takes that.
+  static func markCongestion(in namespace: Namespace) throws {
+    let rule = "add rule inet marks out udp dport 4789"
+    let rules = ["ip", "ip6"].map { "\(rule) \($0) ecn ect0 numgen random mod 8 0 \($0) ecn set ce" }
+    let chain = "add chain inet marks out { type filter hook output priority 0; }"
+    try namespace.run(["nft", (["add table inet marks", chain] + rules).joined(separator: "; ")])
+  }
+
   /// The kernel's own overlay on a host: a VXLAN device and a bridge, with a new guest in it.
   func kernelOverlay(on host: Host, remote: Host, guest number: Int, vni: Int = 42) throws -> Guest {
     let namespace = host.namespace
@@ -287,6 +302,15 @@ enum Obstacle {
       "ip", "link", "add", "link", devices[0], "name", devices[0] + ".7", "type", "vlan", "id", "7",
     ])
     return makes == nil || tags == nil ? "this kernel makes no VLAN devices" : nil
+  }()
+
+  static let toCongestionMarks: String? = {
+    if let toForwarder { return toForwarder }
+    if (try? execute(["sh", "-c", "command -v nft"])) == nil { return "needs nft, which tools/setup installs" }
+    guard let namespace = try? Namespace(name: "vnetr-test-\(getpid())-marks"),
+      (try? Lab.markCongestion(in: namespace)) != nil
+    else { return "this kernel's nftables mark no packets" }
+    return nil
   }()
 
   static let toVirtualMachine: String? = {

@@ -30,7 +30,10 @@ final class Namespace {
 
   /// Runs a command in this namespace to its end.
   @discardableResult
-  func run(_ arguments: String..., seconds: Double = 60) throws -> String {
+  func run(_ arguments: String..., seconds: Double = 60) throws -> String { try run(arguments, seconds: seconds) }
+
+  @discardableResult
+  func run(_ arguments: [String], seconds: Double = 60) throws -> String {
     try execute(["ip", "netns", "exec", name] + arguments, seconds: seconds)
   }
 

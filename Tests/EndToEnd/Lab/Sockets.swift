@@ -1,10 +1,14 @@
+import Datapath
 import Glibc
 
 /// A raw socket on a device of a namespace: what stands here goes on the wire, what the device receives arrives here.
 final class PacketSocket {
   private let descriptor: Int32
+  private let takesOffloads: Bool
 
-  init(in namespace: Namespace, device: String = Guest.device) throws {
+  /// - Parameter takesOffloads: whether an offload header stands before each frame that is sent.
+  init(in namespace: Namespace, device: String = Guest.device, takesOffloads: Bool = false) throws {
+    self.takesOffloads = takesOffloads
     descriptor = try namespace.inside {
       let everything = Int32(UInt16(0x0003).bigEndian)  // ETH_P_ALL of linux/if_ether.h
       let descriptor = socket(AF_PACKET, socketKind(SOCK_RAW), everything)
@@ -18,6 +22,7 @@ final class PacketSocket {
         // Not what this device sends, and the VLAN tag that the kernel took out of a frame beside it.
         try set(descriptor, solPacket, packetIgnoreOutgoing, 1)
         try set(descriptor, solPacket, packetAuxiliaryData, 1)
+        if takesOffloads { try set(descriptor, solPacket, packetOffloadHeaderBytes, Int32(OffloadHeader.bytes)) }
         try set(descriptor, SOL_SOCKET, SO_RCVBUFFORCE, receiveBufferBytes)
         try bindSocket(descriptor, to: address)
       } catch {
@@ -35,33 +40,30 @@ final class PacketSocket {
     guard sent == frame.count else { throw LabError("packet socket: \(errorText(errno))") }
   }
 
+  /// Sends a super-frame, or a frame without its transport checksum; only where the socket `takesOffloads`.
+  func send(_ frame: [UInt8], _ offload: OffloadHeader) throws {
+    var header = [UInt8](repeating: 0, count: OffloadHeader.bytes)
+    var elements = header.mutableSpan
+    var room = unsafe elements.mutableBytes
+    offload.write(into: &room)
+    try send(header + frame)
+  }
+
   /// The next frame as it was on the wire, with its VLAN tags; nil when none comes in time.
-  func receive(seconds: Double = 1) throws -> [UInt8]? {
+  func receive(seconds: Double = 1) throws -> [UInt8]? { try receiveWithOffload(seconds: seconds)?.frame }
+
+  /// The next frame, and what is to be done to it yet, where the socket `takesOffloads`; nil when none comes in time.
+  func receiveWithOffload(seconds: Double = 1) throws -> (frame: [UInt8], offload: OffloadHeader)? {
     guard waitForInput(descriptor, seconds: seconds) else { return nil }
-    var frame = [UInt8](repeating: 0, count: 1 << 16)
-    var control = [UInt8](repeating: 0, count: 128)
-    var controlCount = 0
-    let count = unsafe frame.withUnsafeMutableBytes { frame in
-      unsafe control.withUnsafeMutableBytes { control in
-        var vector = unsafe iovec(iov_base: frame.baseAddress!, iov_len: frame.count)
-        return unsafe withUnsafeMutablePointer(to: &vector) { vector in
-          var message = unsafe msghdr()
-          unsafe message.msg_iov = vector
-          unsafe message.msg_iovlen = 1
-          unsafe message.msg_control = control.baseAddress!
-          unsafe message.msg_controllen = control.count
-          let count = unsafe recvmsg(descriptor, &message, Int32(MSG_DONTWAIT))
-          controlCount = unsafe Int(message.msg_controllen)
-          return count
-        }
-      }
+    var (frame, control) = try receiveMessage(descriptor, "packet socket")
+    var offload = OffloadHeader()
+    if takesOffloads {
+      guard let found = unsafe OffloadHeader(frame.span.bytes) else { throw LabError("no offload header") }
+      offload = found
+      frame.removeFirst(OffloadHeader.bytes)
     }
-    guard count >= 0 else { throw LabError("packet socket: \(errorText(errno))") }
-    frame.removeLast(frame.count - count)
-    if let tag = vlanTag(control: Array(control[..<controlCount])), count >= 12 {
-      frame.insert(contentsOf: tag, at: 12)
-    }
-    return frame
+    if let tag = vlanTag(control), frame.count >= 12 { frame.insert(contentsOf: tag, at: 12) }
+    return (frame, offload)
   }
 
   /// The numbers of the numbered frames that arrive until none has come for `quietSeconds`.
@@ -81,34 +83,59 @@ final class PacketSocket {
     }
   }
 
-  /// struct cmsghdr and struct tpacket_auxdata of linux/if_packet.h: status, len, snaplen, mac, net, tci, tpid.
-  private func vlanTag(control: [UInt8]) -> [UInt8]? {
-    let header = 16
-    guard control.count >= header + 20 else { return nil }
-    func number(_ offset: Int, _ count: Int) -> UInt32 {
-      control[offset..<(offset + count)].reversed().reduce(0) { $0 << 8 | UInt32($1) }
-    }
-    let tagIsValid: UInt32 = 1 << 4
-    guard Int32(number(8, 4)) == solPacket, Int32(number(12, 4)) == packetAuxiliaryData,
-      number(header, 4) & tagIsValid != 0
+  /// struct tpacket_auxdata of linux/if_packet.h: status, len, snaplen, mac, net, tci, tpid.
+  private func vlanTag(_ control: ControlMessage?) -> [UInt8]? {
+    guard let control, control.level == solPacket, control.type == packetAuxiliaryData, control.value.count >= 20
     else { return nil }
-    return networkOrder(UInt16(number(header + 18, 2))) + networkOrder(UInt16(number(header + 16, 2)))
+    let tagIsValid: UInt32 = 1 << 4
+    func number(_ offset: Int) -> UInt16 { UInt16(control.value[offset + 1]) << 8 | UInt16(control.value[offset]) }
+    guard UInt32(number(0)) & tagIsValid != 0 else { return nil }
+    return networkOrder(number(18)) + networkOrder(number(16))
+  }
+}
+
+/// An option of a socket, as setsockopt(2) takes it.
+struct SocketOption {
+  let level: Int32
+  let name: Int32
+  let value: [UInt8]
+
+  init(_ level: some BinaryInteger, _ name: Int32, bytes: [UInt8]) {
+    self.level = Int32(level)
+    self.name = name
+    value = bytes
+  }
+
+  init(_ level: some BinaryInteger, _ name: Int32, _ value: Int32) {
+    self.init(level, name, bytes: hostOrder(value))
+  }
+
+  /// The ToS byte, or the traffic class, of what is sent.
+  static func service(_ family: Family, _ value: UInt8) -> SocketOption {
+    family == .ipv4
+      ? SocketOption(IPPROTO_IP, IP_TOS, Int32(value)) : SocketOption(IPPROTO_IPV6, IPV6_TCLASS, Int32(value))
   }
 }
 
 /// A UDP socket in a namespace.
 final class DatagramSocket {
   private let descriptor: Int32
+  private let family: Family
 
   /// Bound to an address, and to a port or to one that the kernel picks.
-  init(in namespace: Namespace, address: String, port: UInt16 = 0) throws {
+  init(in namespace: Namespace, address: String, port: UInt16 = 0, _ options: [SocketOption] = []) throws {
+    let family = Family(of: address)
+    self.family = family
     descriptor = try namespace.inside {
       let bytes = try socketAddress(address, port: port)
-      let family = address.contains(":") ? AF_INET6 : AF_INET
-      let descriptor = socket(family, socketKind(SOCK_DGRAM), 0)
+      let descriptor = socket(family.number, socketKind(SOCK_DGRAM), 0)
       guard descriptor >= 0 else { throw LabError("no UDP socket: \(errorText(errno))") }
       do {
         try set(descriptor, SOL_SOCKET, SO_RCVBUFFORCE, receiveBufferBytes)
+        try family == .ipv4
+          ? set(descriptor, Int32(IPPROTO_IP), IP_RECVTOS, 1)
+          : set(descriptor, Int32(IPPROTO_IPV6), IPV6_RECVTCLASS, 1)
+        for option in options { try set(descriptor, option) }
         try bindSocket(descriptor, to: bytes)
       } catch {
         close(descriptor)
@@ -121,9 +148,7 @@ final class DatagramSocket {
   deinit { close(descriptor) }
 
   /// Sets the ToS byte, with its ECN bits, of what is sent from now on.
-  func setService(_ value: UInt8) throws {
-    try set(descriptor, Int32(IPPROTO_IP), IP_TOS, Int32(value))
-  }
+  func setService(_ value: UInt8) throws { try set(descriptor, .service(family, value)) }
 
   func send(_ payload: [UInt8], to address: String, port: UInt16) throws {
     let bytes = try socketAddress(address, port: port)
@@ -132,18 +157,25 @@ final class DatagramSocket {
         unsafe sendto(descriptor, payload.baseAddress, payload.count, 0, address, count)
       }
     }
-    guard sent == payload.count else { throw LabError("UDP socket: \(errorText(errno))") }
+    guard sent == payload.count else { throw LabError("UDP socket, \(payload.count) bytes: \(errorText(errno))") }
+  }
+
+  /// Hands over many datagrams at once (UDP_SEGMENT of udp(7)): as long as that, but for the last.
+  func send(_ payload: [UInt8], segmentBytes: Int, to address: String, port: UInt16) throws {
+    try set(descriptor, Int32(IPPROTO_UDP), udpSegment, Int32(segmentBytes))
+    try send(payload, to: address, port: port)
+    try set(descriptor, Int32(IPPROTO_UDP), udpSegment, 0)
   }
 
   /// The next datagram; nil when none comes in time.
-  func receive(seconds: Double = 1) throws -> [UInt8]? {
+  func receive(seconds: Double = 1) throws -> [UInt8]? { try receiveWithService(seconds: seconds)?.payload }
+
+  /// The next datagram and the ToS byte, or traffic class, that it came with; nil when none comes in time.
+  func receiveWithService(seconds: Double = 1) throws -> (payload: [UInt8], service: UInt8)? {
     guard waitForInput(descriptor, seconds: seconds) else { return nil }
-    var payload = [UInt8](repeating: 0, count: 1 << 16)
-    let count = unsafe payload.withUnsafeMutableBytes {
-      unsafe recv(descriptor, $0.baseAddress!, $0.count, Int32(MSG_DONTWAIT))
-    }
-    guard count >= 0 else { throw LabError("UDP socket: \(errorText(errno))") }
-    return Array(payload[..<count])
+    let (payload, control) = try receiveMessage(descriptor, "UDP socket")
+    // One byte for IPv4; for IPv6 a number in the machine's order, which is taken to be little-endian.
+    return (payload, control?.value.first ?? 0)
   }
 }
 
@@ -152,13 +184,15 @@ final class StreamListener {
   private let descriptor: Int32
   let port: UInt16 = 5001
 
-  init(in namespace: Namespace, address: String) throws {
+  /// - Parameter options: also of the connections that it accepts.
+  init(in namespace: Namespace, address: String, _ options: [SocketOption] = []) throws {
     let bytes = try socketAddress(address, port: port)
     descriptor = try namespace.inside {
-      let descriptor = socket(AF_INET, socketKind(SOCK_STREAM), 0)
+      let descriptor = socket(Family(of: address).number, socketKind(SOCK_STREAM), 0)
       guard descriptor >= 0 else { throw LabError("no TCP socket: \(errorText(errno))") }
       do {
         try set(descriptor, SOL_SOCKET, SO_REUSEADDR, 1)
+        for option in options { try set(descriptor, option) }
         try bindSocket(descriptor, to: bytes)
         guard listen(descriptor, 1) == 0 else { throw LabError("cannot listen: \(errorText(errno))") }
       } catch {
@@ -186,11 +220,17 @@ final class StreamSocket {
   fileprivate init(descriptor: Int32) { self.descriptor = descriptor }
 
   /// Connects within 10 seconds, or throws.
-  init(in namespace: Namespace, to address: String, port: UInt16) throws {
+  init(in namespace: Namespace, to address: String, port: UInt16, _ options: [SocketOption] = []) throws {
     let bytes = try socketAddress(address, port: port)
     descriptor = try namespace.inside {
-      let descriptor = socket(AF_INET, socketKind(SOCK_STREAM), 0)
+      let descriptor = socket(Family(of: address).number, socketKind(SOCK_STREAM), 0)
       guard descriptor >= 0 else { throw LabError("no TCP socket: \(errorText(errno))") }
+      do {
+        for option in options { try set(descriptor, option) }
+      } catch {
+        close(descriptor)
+        throw error
+      }
       // The time that a send may take is the connection's too: socket(7).
       var timeout = timeval(tv_sec: 10, tv_usec: 0)
       let size = socklen_t(MemoryLayout<timeval>.size)
@@ -207,8 +247,9 @@ final class StreamSocket {
   deinit { close(descriptor) }
 
   /// Hands over as much as the socket takes at once, and returns how many bytes that was.
-  func send(_ bytes: ArraySlice<UInt8>) throws -> Int {
-    let flags = Int32(MSG_DONTWAIT) | Int32(MSG_NOSIGNAL)
+  /// - Parameter isUrgent: whether the last of them is (MSG_OOB).
+  func send(_ bytes: ArraySlice<UInt8>, isUrgent: Bool = false) throws -> Int {
+    let flags = Int32(MSG_DONTWAIT) | Int32(MSG_NOSIGNAL) | (isUrgent ? Int32(MSG_OOB) : 0)
     let sent = unsafe bytes.withUnsafeBytes { unsafe Glibc.send(descriptor, $0.baseAddress!, $0.count, flags) }
     guard sent >= 0 || errno == EAGAIN else { throw LabError("TCP socket: \(errorText(errno))") }
     return max(0, sent)
@@ -229,6 +270,24 @@ final class StreamSocket {
       if count == 0 { return true }
       bytes += chunk[..<count]
     }
+  }
+
+  /// The urgent byte, which is not among the others; nil when none comes in time.
+  func receiveUrgent(seconds: Double = 5) throws -> UInt8? {
+    var request = pollfd(fd: descriptor, events: Int16(POLLPRI), revents: 0)
+    guard unsafe poll(&request, 1, Int32(seconds * 1000)) > 0 else { return nil }
+    var byte: UInt8 = 0
+    let count = unsafe recv(descriptor, &byte, 1, Int32(MSG_OOB))
+    guard count == 1 else { throw LabError("TCP socket, urgent byte: \(errorText(errno))") }
+    return byte
+  }
+
+  /// Waits until one of the sockets has something to read, or takes more of those that have something to send.
+  static func waitForAny(of sockets: [(socket: StreamSocket, hasMore: Bool)], seconds: Double) {
+    var requests = sockets.map {
+      pollfd(fd: $0.socket.descriptor, events: Int16(POLLIN) | ($0.hasMore ? Int16(POLLOUT) : 0), revents: 0)
+    }
+    _ = unsafe poll(&requests, nfds_t(requests.count), Int32(seconds * 1000))
   }
 }
 
@@ -264,6 +323,7 @@ final class NotificationSocket {
 private let solPacket: Int32 = 263
 private let packetAuxiliaryData: Int32 = 8
 private let packetIgnoreOutgoing: Int32 = 23
+private let packetOffloadHeaderBytes: Int32 = 24
 
 /// Room for every frame of a test, so that a slow reader loses none.
 private let receiveBufferBytes: Int32 = 32 << 20
@@ -272,12 +332,60 @@ private func socketKind(_ kind: __socket_type) -> Int32 {
   Int32(kind.rawValue) | Int32(SOCK_CLOEXEC.rawValue)
 }
 
+private let udpSegment: Int32 = 103
+
 private func hostOrder(_ value: some FixedWidthInteger) -> [UInt8] { networkOrder(value.byteSwapped) }
 
-private func set(_ descriptor: Int32, _ level: Int32, _ option: Int32, _ value: Int32) throws {
-  var value = value
-  let status = unsafe setsockopt(descriptor, level, option, &value, socklen_t(MemoryLayout<Int32>.size))
-  guard status == 0 else { throw LabError("socket option \(option): \(errorText(errno))") }
+private func set(_ descriptor: Int32, _ level: Int32, _ name: Int32, _ value: Int32) throws {
+  try set(descriptor, SocketOption(level, name, value))
+}
+
+private func set(_ descriptor: Int32, _ option: SocketOption) throws {
+  let value = option.value
+  let status = unsafe setsockopt(descriptor, option.level, option.name, value, socklen_t(value.count))
+  guard status == 0 else { throw LabError("socket option \(option.name): \(errorText(errno))") }
+}
+
+/// The first control message beside what was received: struct cmsghdr of sys/socket.h.
+private struct ControlMessage {
+  let level: Int32
+  let type: Int32
+  let value: [UInt8]
+
+  init?(_ bytes: ArraySlice<UInt8>) {
+    let header = 16
+    guard bytes.count >= header else { return nil }
+    func number(_ offset: Int) -> Int {
+      bytes[offset..<offset + 4].reversed().reduce(0) { $0 << 8 | Int($1) }
+    }
+    level = Int32(number(8))
+    type = Int32(number(12))
+    value = Array(bytes[header..<max(header, min(number(0), bytes.count))])
+  }
+}
+
+/// Takes what waits at a socket, and what the kernel says beside it.
+private func receiveMessage(_ descriptor: Int32, _ what: String) throws -> ([UInt8], ControlMessage?) {
+  var bytes = [UInt8](repeating: 0, count: 1 << 17)
+  var control = [UInt8](repeating: 0, count: 128)
+  var controlCount = 0
+  let count = unsafe bytes.withUnsafeMutableBytes { bytes in
+    unsafe control.withUnsafeMutableBytes { control in
+      var vector = unsafe iovec(iov_base: bytes.baseAddress!, iov_len: bytes.count)
+      return unsafe withUnsafeMutablePointer(to: &vector) { vector in
+        var message = unsafe msghdr()
+        unsafe message.msg_iov = vector
+        unsafe message.msg_iovlen = 1
+        unsafe message.msg_control = control.baseAddress!
+        unsafe message.msg_controllen = control.count
+        let count = unsafe recvmsg(descriptor, &message, Int32(MSG_DONTWAIT))
+        controlCount = unsafe Int(message.msg_controllen)
+        return count
+      }
+    }
+  }
+  guard count >= 0 else { throw LabError("\(what): \(errorText(errno))") }
+  return (Array(bytes[..<count]), ControlMessage(control[..<controlCount]))
 }
 
 private func bindSocket(_ descriptor: Int32, to address: [UInt8]) throws {
@@ -287,13 +395,11 @@ private func bindSocket(_ descriptor: Int32, to address: [UInt8]) throws {
 
 /// struct sockaddr_in or sockaddr_in6 of netinet/in.h.
 private func socketAddress(_ address: String, port: UInt16) throws -> [UInt8] {
-  let isIPv6 = address.contains(":")
-  var bytes = [UInt8](repeating: 0, count: isIPv6 ? 16 : 4)
-  let status = unsafe bytes.withUnsafeMutableBytes {
-    unsafe inet_pton(isIPv6 ? AF_INET6 : AF_INET, address, $0.baseAddress!)
-  }
+  let family = Family(of: address)
+  var bytes = [UInt8](repeating: 0, count: family == .ipv6 ? 16 : 4)
+  let status = unsafe bytes.withUnsafeMutableBytes { unsafe inet_pton(family.number, address, $0.baseAddress!) }
   guard status == 1 else { throw LabError("no address: \(address)") }
-  return isIPv6
+  return family == .ipv6
     ? hostOrder(UInt16(AF_INET6)) + networkOrder(port) + [0, 0, 0, 0] + bytes + [0, 0, 0, 0]
     : hostOrder(UInt16(AF_INET)) + networkOrder(port) + bytes + [UInt8](repeating: 0, count: 8)
 }

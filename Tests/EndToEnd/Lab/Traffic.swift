@@ -58,22 +58,65 @@ extension Guest {
 
   /// The checksum errors that the guest's kernel has counted since it exists, by counter.
   func checksumErrors() throws -> [String: Int] {
-    let report = try namespace.run("nstat", "--zeros", "--ignore", "--json")
-    let counters = try JSONDecoder().decode([String: [String: Int]].self, from: Data(report.utf8))["kernel"] ?? [:]
-    let wanted = ["TcpInCsumErrors", "UdpInCsumErrors", "IcmpInCsumErrors", "IpInHdrErrors"]
-    let found = counters.filter { wanted.contains($0.key) }
-    guard found.count == wanted.count else { throw LabError("nstat does not report \(wanted): \(counters.keys)") }
-    return found.filter { $0.value != 0 }
+    let wanted = [
+      "TcpInCsumErrors", "UdpInCsumErrors", "Udp6InCsumErrors", "IcmpInCsumErrors", "IpInHdrErrors", "Ip6InHdrErrors",
+    ]
+    return try kernelCounters(wanted).filter { $0.value != 0 }
   }
 
-  /// Turns the device's transmit offloads on or off: with them off the guest sends whole, small, checksummed frames.
-  func setOffloads(_ on: Bool) throws {
-    let value = on ? "on" : "off"
-    // A device that lacks one of them answers with an error when it is asked to turn it on; the rest still applies.
-    for offload in ["tx", "tso", "gso", "sg"] {
-      let change = try namespace.start(["ethtool", "-K", Guest.device, offload, value])
-      guard change.wait(seconds: 10) != nil else { throw LabError("\(change.commandLine): did not end") }
-    }
+  /// Some of what the guest's kernel has counted since it exists.
+  func kernelCounters(_ wanted: [String]) throws -> [String: Int] {
+    let report = try namespace.run("nstat", "--zeros", "--ignore", "--json")
+    let counters = try JSONDecoder().decode([String: [String: Int]].self, from: Data(report.utf8))["kernel"] ?? [:]
+    let found = counters.filter { wanted.contains($0.key) }
+    guard found.count == wanted.count else { throw LabError("nstat does not report \(wanted): \(counters.keys)") }
+    return found
+  }
+
+  /// Sets what the device does for the guest's kernel, and returns what it does now, by ethtool's names: a device that
+  /// lacks something does without.
+  @discardableResult
+  func setOffloads(_ offloads: Offloads) throws -> Offloads.State {
+    try namespace.run(["ethtool", "-K", Guest.device] + offloads.settings)
+    let features = try namespace.run("ethtool", "-k", Guest.device).split(separator: "\n")
+    func isOn(_ feature: String) -> Bool { features.contains { $0.hasPrefix("\(feature): on") } }
+    return Offloads.State(
+      finishesChecksums: isOn("tx-checksumming"), cutsTCP: isOn("tcp-segmentation-offload"),
+      cutsUDP: isOn("tx-udp-segmentation"))
+  }
+
+  /// Gives it an IPv6 address that is usable at once. From now on its kernel speaks by itself, too.
+  func speakIPv6() throws {
+    try namespace.setKernelParameter("net.ipv6.conf.\(Guest.device).disable_ipv6", "0")
+    try namespace.ip("address", "add", addressIPv6 + "/64", "dev", Guest.device, "nodad")
+  }
+}
+
+/// What a guest's device does for its kernel: cut super-frames, finish and check checksums.
+enum Offloads: String, CaseIterable {
+  case all = "all on"
+  case noSegmentation = "TSO and USO off"
+  case noChecksums = "checksums off"
+  case none = "all off"
+
+  /// What ethtool says of a device.
+  struct State: Equatable {
+    var finishesChecksums: Bool
+    var cutsTCP: Bool
+    var cutsUDP: Bool
+  }
+
+  /// What a device is set to that can do everything. The kernel leaves nothing to cut to one that makes no checksums.
+  var state: State {
+    State(
+      finishesChecksums: self == .all || self == .noSegmentation, cutsTCP: self == .all, cutsUDP: self == .all)
+  }
+
+  /// For `ethtool -K`.
+  var settings: [String] {
+    func set(_ features: [String], _ isOn: Bool) -> [String] { features.flatMap { [$0, isOn ? "on" : "off"] } }
+    return set(["rx", "tx"], state.finishesChecksums) + set(["tso", "tx-udp-segmentation"], state.cutsTCP)
+      + set(["sg", "gso", "gro"], self != .none)
   }
 }
 
