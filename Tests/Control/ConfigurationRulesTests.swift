@@ -93,7 +93,7 @@ let soundRules = """
     #expect(configuration.passthroughs == [.init(a: "vm3", b: "nic")])
     #expect(configuration.tuning.layout == .pipeline)
     #expect(configuration.tuning.cpus == .stages(receive: [0, 1], route: [2], transmit: [3]))
-    #expect(configuration.tuning.ringDepthFrames == nil, "as many as there are slots")
+    #expect(configuration.tuning.ringDepthFrames == nil, "the forwarder decides")
     #expect(configuration.tuning.ringBatchFrames == 64)
     #expect(configuration.warnings.isEmpty)
     #expect(configuration.summary == "this-host: 2 domains, 4 ports, 2 links, 2 routes, 1 passthrough")

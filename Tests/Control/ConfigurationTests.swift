@@ -138,7 +138,7 @@ let least = """
           links: [], routes: [], passthroughs: [],
           tuning: .init(
             layout: .auto, cpus: .auto, dispatch: .adaptive, yield: .adaptive, io: .auto, ringEntries: 256,
-            batchFrames: 64, batchWaitMicroseconds: 0, spinMicroseconds: 50, slots: 1_024,
+            batchFrames: 64, batchWaitMicroseconds: 0, spinMicroseconds: 50, slots: 256,
             ringDepthFrames: nil, ringBatchFrames: 64, sendBufferBytes: 7_340_032, receiveBufferBytes: 7_340_032,
             dispatchUpperFramesPerSecond: 10_000,
             dispatchLowerFramesPerSecond: 1_000, dispatchPeriodMilliseconds: 10, sourcePorts: 8, gso: true, gro: true,
@@ -377,8 +377,8 @@ extension String {
       "spin_us = 20", "ring_batch_frames = 513",
       "tuning.ring_batch_frames: 513 is out of range; use an integer from 1 to 512"),
     Mistake(
-      "spin_us = 20", "ring_depth_frames = 15",
-      "tuning.ring_depth_frames: 15 is out of range; use an integer from 16 to 65536"),
+      "spin_us = 20", "ring_depth_frames = 127",
+      "tuning.ring_depth_frames: 127 is out of range; use an integer from 128 to 65536"),
     Mistake(
       "macs_max = 100", "flood_frames_per_second_max = -1",
       "domain[1].flood_frames_per_second_max: -1 is out of range; use an integer from 0 to 1000000000"),

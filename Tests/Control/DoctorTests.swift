@@ -45,8 +45,8 @@ import Testing
   }
 
   @Test func itWantsAsManyHugePagesAsTheFrameMemoryOfAWorkerTakes() {
-    // 1,024 slots of 65,728 bytes: just over 64 MiB.
-    #expect(Doctor.hugePagesWanted(pageBytes: 2 << 20) == 33)
+    // 256 slots of 65,728 bytes: just over 16 MiB.
+    #expect(Doctor.hugePagesWanted(pageBytes: 2 << 20) == 9)
     #expect(Doctor.hugePagesWanted(pageBytes: 1 << 30) == 1)
   }
 

@@ -43,8 +43,8 @@ final class LayoutScene: Sendable {
   static let sources = 2
   static let source = 1
   /// As the service has them by default.
-  static let slots = 1_024
-  static let operations = 8 * slots
+  static let slots = WorkerThread.Plan(number: 0, cpu: 0).slots
+  static let operations = WorkerThread.Plan.operationsMin
 
   let traffic: Traffic
   let name: String

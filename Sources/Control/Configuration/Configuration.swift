@@ -135,7 +135,7 @@ public struct Configuration: Equatable, Sendable {
     public var batchWaitMicroseconds: Int
     public var spinMicroseconds: Int
     public var slots: Int
-    /// Descriptors that each ring between two workers holds; nil: so many that it is never full.
+    /// Descriptors that each ring between two workers holds; nil: as many as ``Wiring`` finds enough.
     public var ringDepthFrames: Int?
     /// The most descriptors that a worker takes from such a ring at a time.
     public var ringBatchFrames: Int

@@ -327,13 +327,15 @@ public enum Schema {
       .tuning, "batch_wait_us", .integer(0...10_000), default: .value(.integer(0)),
       "Microseconds that a worker may wait for a fuller batch while it polls; 0: it never waits."),
     KeyDefinition(
-      .tuning, "slots", .integer(16...65_535), default: .value(.integer(1_024)),
+      // Few, so that they are warm: a pipeline's receiver would run ahead through all of them. In memory, super-frames
+      // to a link by way of two cores cost 120 ns with 256 and 310 with 1,024 (`tools/bench layouts`).
+      .tuning, "slots", .integer(16...65_535), default: .value(.integer(256)),
       "Buffers of each worker, of 64 KiB of address space each. What `batch_frames` leaves of them may wait for "
         + "full sockets."
     ),
     KeyDefinition(
-      .tuning, "ring_depth_frames", .integer(16...65_536),
-      default: .derived("as many as there are slots: then a ring is never full"),
+      .tuning, "ring_depth_frames", .integer(Wiring.Settings.ringFramesMin...65_536),
+      default: .derived("\(Wiring.Settings.ringFramesByDefault), or as many as there are slots"),
       "Frames that each ring between two workers of a pipeline holds; it is rounded up to a power of two."),
     KeyDefinition(
       .tuning, "ring_batch_frames", .integer(1...512), default: .value(.integer(64)),

@@ -288,7 +288,7 @@ public final class Service {
       settings.worker.lanes = max(1, plan.laneCount)
       settings.worker.interfaces = plan.interfaceCount
       settings.worker.domains = plan.domains.count
-      settings.worker.operations = tuning.slots * 8
+      settings.worker.operations = max(tuning.slots * 8, WorkerThread.Plan.operationsMin)
       settings.worker.formsTrains = tuning.gso
       let worker = try WorkerThread(settings, controlWaker: waker, snapshot: snapshot)
       workers.append(worker)

@@ -12,10 +12,15 @@
 public struct Wiring: ~Copyable {
   public struct Settings: Sendable {
     /// Slots of each receiver's arena.
-    public var slots = 1_024
+    public var slots = 256
     public var hugePages = true
-    /// Descriptors that fit on a ring; nil: as many as there are slots, so that no ring is ever full.
+    /// Descriptors that fit on a ring, at least ``ringFramesMin``; nil: as many as there are slots, or
+    /// ``ringFramesByDefault``.
     public var ringFrames: Int?
+    /// The frames of one slot cross together, and a train may leave as one run for each datagram.
+    public static let ringFramesMin = SendPool.trainFramesMax
+    /// Room for trains of many flows beside one descriptor for each slot.
+    public static let ringFramesByDefault = 1_024
     /// Descriptors that a worker takes off its rings in one turn, at most.
     public var batchFrames = 64
     public init() {}
@@ -50,7 +55,7 @@ public struct Wiring: ~Copyable {
           number: number, roles: roles[number], bell: bells[number], batchFrames: settings.batchFrames,
           holdBackMax: settings.slots / 2 / max(1, transmitters)))
     }
-    let depth = settings.ringFrames ?? settings.slots
+    let depth = settings.ringFrames ?? max(settings.slots, Settings.ringFramesByDefault)
     for number in roles.indices {
       for router in Roles.routers(ofReceiver: number, among: roles) where router != number {
         let ring = FrameRing<Descriptor>(capacity: depth)

@@ -19,7 +19,9 @@ public final class WorkerThread: @unchecked Sendable {
     public var cpu: Int
     public var worker = WorkerSettings()
     public var ringEntries = 512
-    public var slots = 1_024
+    public var slots = 256
+    /// Send operations of a worker at least: the segments of 64 slots of super-frames, and as many that wait.
+    public static let operationsMin = 2 * TransmitStage.laneFramesMax
     public var without: UringFeatures = []
     public var io = IOChoice.auto
 

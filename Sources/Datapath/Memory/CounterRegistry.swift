@@ -167,7 +167,7 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
     case .dropRingFull:
       define(
         "drop_ring_full", [.underlay, .port, .link, .domain],
-        "The ring to the next worker was full: that worker is overloaded, and ring_depth_frames is less than slots.")
+        "The ring to the next worker was full: that worker is overloaded, and ring_depth_frames is too small for it.")
     case .dropInterfaceDown:
       define("drop_interface_down", egress, "The port's device or the link's socket is gone or down.")
     case .dropQueueFull:
