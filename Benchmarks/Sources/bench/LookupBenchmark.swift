@@ -54,7 +54,7 @@ func benchmarkLookup(_ report: Report) {
         for place in -Router.prefetchFrames..<numbers.count {
           let next = place + Router.prefetchFrames
           if next < numbers.count {
-            router.prefetch(destination: RoutingScene.mac(numbers[next]), domain: RoutingScene.domain)
+            router.prefetch(domain: RoutingScene.domain) { RoutingScene.mac(numbers[next]) }
           }
           guard place >= 0 else { continue }
           let number = numbers[place]

@@ -95,8 +95,7 @@ private struct RouteBench: ~Copyable {
 
   @inline(__always)
   private func prefetch(_ place: Int) {
-    guard let frame = EthernetView(frame(place)) else { return }
-    router.prefetch(destination: frame.destination.bits, domain: RoutingScene.domain)
+    router.prefetch(domain: RoutingScene.domain) { EthernetView(frame(place))?.destination.bits }
   }
 
   @inline(__always)

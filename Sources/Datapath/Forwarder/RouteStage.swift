@@ -21,6 +21,17 @@ package struct RouteStage: ~Copyable {
 
   mutating func adopt(_ view: SnapshotView) { router.adopt(view) }
 
+  /// How many frames ahead of `route` a batch is announced by `prefetch`.
+  static var prefetchFrames: Int { Router.prefetchFrames }
+
+  /// Brings near what routing a frame from a port will read of a large table. What a link brings names its domain only
+  /// by a header that is yet to be judged; it goes to few MACs, the local ones.
+  @inline(__always)
+  func prefetch(_ descriptor: Descriptor, _ memory: borrowing FrameMemory) {
+    guard descriptor.domain != .none else { return }
+    router.prefetch(domain: descriptor.domain) { EthernetView(memory.head(of: descriptor))?.destination.bits }
+  }
+
   /// Routes a frame or a train; appends it to `batch`, which has room for `trainFramesMax`, or drops it.
   @inline(__always)
   package mutating func route(

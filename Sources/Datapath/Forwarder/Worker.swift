@@ -139,7 +139,11 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
 
     // 3.
     if roles.contains(.route) {
+      for place in 0..<min(received.count, RouteStage.prefetchFrames) { route.prefetch(received[place], memory) }
       for place in 0..<received.count {
+        if place + RouteStage.prefetchFrames < received.count {
+          route.prefetch(received[place + RouteStage.prefetchFrames], memory)
+        }
         // Trains may be routed to more places than a batch has.
         if routed.room < RouteStage.trainFramesMax { passOnRouted() }
         route.route(received[place], now: clock, &memory, counters, into: &routed)

@@ -262,10 +262,13 @@ extension MACTable {
       return least
     }
 
-    /// Brings near what looking up a MAC will read, where the table is larger than what a core keeps near anyway.
+    /// Whether the table is larger than what a core keeps near anyway.
+    @inline(__always)
+    public var gainsByPrefetch: Bool { bucketMask >= Self.prefetchBucketsMin }
+
+    /// Brings near what looking up a MAC will read.
     @inline(__always)
     public func prefetch(_ mac: UInt64) {
-      guard bucketMask >= Self.prefetchBucketsMin else { return }
       let pair = candidates(mac << 16)
       unsafe clinux_prefetch(cell(pair.first))
       unsafe clinux_prefetch(cell(pair.second))

@@ -88,8 +88,12 @@ public struct Router: ~Copyable {
 
   /// Brings near what `decide` will read of a destination, `prefetchFrames` before its turn: a table that no cache
   /// holds is then read while other frames are decided.
+  /// - Parameter destination: asked for only where the table is large.
   @inline(__always)
-  public func prefetch(destination: UInt64, domain: DomainIndex) { view.macs(of: domain)?.prefetch(destination) }
+  public func prefetch(domain: DomainIndex, destination: () -> UInt64?) {
+    guard let macs = view.macs(of: domain), macs.gainsByPrefetch, let destination = destination() else { return }
+    macs.prefetch(destination)
+  }
 
   /// Decides where a frame goes, and learns where it came from.
   /// - Parameters:
