@@ -82,13 +82,18 @@ ENDINGS = {
 }
 # Pings by what their two workers went through.
 ALL, AWAKE = "all", "awake"
-GROUPS = {ALL: "all pings", AWAKE: "no worker slept", WOKEN: "a worker slept, its CPU was in use",
-          HALTED: "a worker slept, its CPU was halted"}
+GROUPS = {ALL: "all pings", AWAKE: "no worker slept", WOKEN: "a worker slept, CPU in use",
+          HALTED: "a worker slept, CPU halted"}
+# Of each round so many pings, the slowest, do not count in the means: a virtual machine that is stopped for
+# milliseconds would be all that idle pings show.
+SLOWEST_SHARE = 0.1
+WHATS = ("mean", "mean_all", "median", "p99")
 
 COUNTS = ("enters", "yields", "switches", "wakes", "halted_wakes")
 MEASURES = [
     measure("rtt_avg_us", "RTT average, not traced", "µs", 1, "lower"),
-    measure("traced_rtt_avg_us", "RTT average, traced", "µs", 1, "lower"),
+    measure("rtt_p50_us", "RTT median, not traced", "µs", 1, "lower"),
+    measure("traced_rtt_p50_us", "RTT median, traced", "µs", 1, "lower"),
     measure("enters", "io_uring_enter a ping", "", 2, "lower"),
     measure("yields", "sched_yield a ping", "", 1, "lower"),
     measure("switches", "context switches a ping", "", 2, "lower"),
@@ -103,8 +108,9 @@ HOW = [
     " later, and that is a stage of its own.",
     "Traced by the kernel (tracefs, nanoseconds): system calls, the scheduler's switches and wake-ups, frames that"
     " leave and enter devices. The buffers keep the newest pings of each run.",
-    "Means are over all pings of all rounds that could be followed, so stages add up; medians and 99th percentiles are"
-    " those of each round, and of these the median.",
+    f"Means are over the pings of all rounds that could be followed, but of each round the slowest {SLOWEST_SHARE:.0%},"
+    " and stages add up; where it says so they are over all. Medians and 99th percentiles are those of all pings of a"
+    " round, and of these the median.",
     "The worker notices: the first return of io_uring_enter after which it has the frame. Calls counted are"
     " those of both workers, switches and wake-ups those of both and of ping, from one request to the next.",
 ]
@@ -116,8 +122,8 @@ def figure(*parts):
 
 # Of a short run, or on another machine, not every way to wait comes up.
 MAY_BE_MISSING = {
-    figure(group, stage, what) for group in GROUPS if group != ALL
-    for stage in [*(stage.key for stage in STAGES), ROUND_TRIP, WHOLE] for what in ("mean", "median", "p99")
+    figure(group, span, what) for group in GROUPS if group != ALL
+    for span in [*(stage.key for stage in STAGES), ROUND_TRIP, WHOLE] for what in WHATS
 } | {figure("wait", stage.key, ending, "mean") for stage in WAITS for ending in ENDINGS}
 
 
@@ -169,7 +175,7 @@ class Ping:
         return self.stages[what]
 
 
-def traced_events(added_bytes):
+def traced_events():
     calls = CALLS[os.uname().machine]
     ids = " || ".join(f"id == {call}" for call in calls)
     devices = 'name == "eth0" || name == "nic"'
@@ -180,7 +186,7 @@ def traced_events(added_bytes):
         "net/netif_receive_skb": Wanted(("name", "len"), devices),
         "raw_syscalls/sys_enter": Wanted(("id",), ids),
         "raw_syscalls/sys_exit": Wanted(("id", "ret"), ids),
-    }, frames_of_a_ping(added_bytes)
+    }
 
 
 def frames_of_a_ping(added_bytes):
@@ -316,17 +322,17 @@ def work(effort):
     if machine not in CALLS:
         raise Unavailable(f"the numbers of {machine}'s system calls are not known here")
     # That it is found out before anything is set up.
-    with Tracer(traced_events(0)[0]):
+    with Tracer(traced_events()):
         pass
 
     def measured(forwarder, lab, turn):
-        turn.take(("rtt_avg_us",), lambda: round_trip(lab, effort, forwarder))
+        turn.take(("rtt_avg_us", "rtt_p50_us"), round_trip, lab, effort, forwarder)
         turn.take(keys(forwarder), trace, lab, effort, forwarder)
     return measured
 
 
 def round_trip(lab, effort, forwarder):
-    return measures.round_trip(lab, effort, forwarder.interval_seconds)["rtt_avg_us"]
+    return measures.round_trip(lab, effort, forwarder.interval_seconds)
 
 
 def groups(forwarder):
@@ -344,46 +350,48 @@ def waits(forwarder):
 def keys(forwarder):
     """Of all figures that `trace` returns."""
     return [
-        "traced_rtt_avg_us", "pings", "followed", *COUNTS,
+        "traced_rtt_p50_us", "pings", "followed", *COUNTS,
         *(figure(group, "pings") for group in groups(forwarder)),
         *(figure(group, span, what) for group in groups(forwarder) for span in spans(forwarder)
-          for what in ("mean", "median", "p99")),
+          for what in WHATS),
         *(figure("wait", stage.key, ending, what) for stage in waits(forwarder) for ending in ENDINGS
           for what in ("pings", "mean")),
     ]
 
 
 def trace(lab, effort, forwarder):
-    wanted, frames = traced_events(forwarder.added_bytes)
-    with Tracer(wanted) as tracer:
+    with Tracer(traced_events()) as tracer:
         tracer.start()
-        traced_rtt = round_trip(lab, effort, forwarder)
+        traced_rtt = round_trip(lab, effort, forwarder)["rtt_p50_us"]
         events = tracer.events()
-    pings, seen = Follower(events, frames, forwarder.is_ours).pings()
+    pings, seen = Follower(events, frames_of_a_ping(forwarder.added_bytes), forwarder.is_ours).pings()
     if not pings:
         raise Failure(f"of {seen} pings in the trace none could be followed")
-    figures = {"traced_rtt_avg_us": traced_rtt, "pings": seen, "followed": len(pings)}
+    figures = {"traced_rtt_p50_us": traced_rtt, "pings": seen, "followed": len(pings)}
     for key in COUNTS:
         figures[key] = statistics.fmean(ping.counts[key] for ping in pings)
+    pings.sort(key=lambda ping: ping.nanoseconds(WHOLE))
+    counted = pings[:max(1, round(len(pings) * (1 - SLOWEST_SHARE)))]
     for group in groups(forwarder):
-        mine = [ping for ping in pings if group in (ALL, ping.group)]
+        all_of_it, mine = ([ping for ping in some if group in (ALL, ping.group)] for some in (pings, counted))
         figures[figure(group, "pings")] = len(mine)
         for span in spans(forwarder):
-            figures.update(distribution(figure(group, span), [ping.nanoseconds(span) / 1000 for ping in mine]))
+            figures.update(distribution(figure(group, span), *(
+                [ping.nanoseconds(span) / 1000 for ping in some] for some in (mine, all_of_it))))
     for stage in waits(forwarder):
         for ending in ENDINGS:
-            times = [ping.stages[stage.key] / 1000 for ping in pings if ping.endings[stage.key] == ending]
+            times = [ping.stages[stage.key] / 1000 for ping in counted if ping.endings[stage.key] == ending]
             figures[figure("wait", stage.key, ending, "pings")] = len(times)
             figures[figure("wait", stage.key, ending, "mean")] = statistics.fmean(times) if times else None
     return figures
 
 
-def distribution(name, values):
-    if not values:
-        return {figure(name, what): None for what in ("mean", "median", "p99")}
+def distribution(name, counted, values):
+    if not counted:
+        return {figure(name, what): None for what in WHATS}
     percentiles = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else [values[0]] * 99
-    return {figure(name, "mean"): statistics.fmean(values), figure(name, "median"): percentiles[49],
-            figure(name, "p99"): percentiles[98]}
+    figures = (statistics.fmean(counted), statistics.fmean(values), percentiles[49], percentiles[98])
+    return {figure(name, what): value for what, value in zip(WHATS, figures)}
 
 
 # --- Tables ---
@@ -429,20 +437,21 @@ def stages_table(reader):
     # The sum that ping prints stands before the stage that it does not count.
     titles.insert(len(titles) - 1, (ROUND_TRIP, TOGETHER[ROUND_TRIP]))
     titles.append((WHOLE, TOGETHER[WHOLE]))
-    rows = [[title, number(reader.mean(ALL, key), 2), number(reader.median(ALL, key, "median"), 2),
-             number(reader.median(ALL, key, "p99"), 2), share(reader.mean(ALL, key), whole)] for key, title in titles]
+    rows = [[title, number(reader.mean(ALL, key), 2), share(reader.mean(ALL, key), whole),
+             *(number(reader.median(ALL, key, what), 2) for what in WHATS[1:])] for key, title in titles]
     pings, followed = reader.count("pings"), reader.count("followed")
     return {
-        "title": f"Stages of a ping: {reader.title}", "columns": ["", "mean, µs", "median", "99th percentile", "share"],
-        "rows": rows, "notes": [f"{followed:,} of {pings:,} pings in the trace were followed."] + cost(reader),
+        "title": f"Stages of a ping: {reader.title}",
+        "columns": ["", "mean, µs", "share", "mean of all", "median", "99th percentile"], "rows": rows,
+        "notes": [f"{followed:,} of {pings:,} pings in the trace were followed."] + cost(reader),
     }
 
 
 def cost(reader):
-    off, on = reader.median("rtt_avg_us"), reader.median("traced_rtt_avg_us")
+    off, on = reader.median("rtt_p50_us"), reader.median("traced_rtt_p50_us")
     if not off or not on:
         return []
-    return [f"What the tracer itself costs, {reader.title}: ping's average is {on:.1f} µs with it and {off:.1f} µs"
+    return [f"What the tracer itself costs, {reader.title}: ping's median is {on:.1f} µs with it and {off:.1f} µs"
             f" without, {on / off:.2f} times as much."]
 
 
@@ -458,17 +467,14 @@ def views(readers):
 
 
 def kinds_table(readers):
-    """By who works, with shares of the whole."""
     shown = views(readers)
     rows = []
     for kind in KINDS:
-        cells = [kind]
-        for _, reader, group in shown:
-            total = sum(reader.mean(group, stage.key) for stage in STAGES if stage.kind == kind)
-            cells += [number(total, 2), share(total, reader.mean(group, WHOLE))]
-        rows.append(cells)
-    return {"title": "By who works, mean µs and share", "rows": rows,
-            "columns": ["", *(cell for title, *_ in shown for cell in (title, "share"))]}
+        stages = [stage.key for stage in STAGES if stage.kind == kind]
+        rows.append([kind, *(share(sum(reader.mean(group, stage) for stage in stages), reader.mean(group, WHOLE))
+                             for _, reader, group in shown)])
+    return {"title": "By who works, share of the means", "columns": ["", *(title for title, *_ in shown)],
+            "rows": rows}
 
 
 def groups_table(readers):
@@ -511,7 +517,7 @@ def segments_table(pairs):
 
     rows = [row(title, lambda reader, segment=segment: reader.segment(segment)) for segment, title in SEGMENTS.items()]
     rows += [row(title, lambda reader, key=key: reader.mean(ALL, key)) for key, title in TOGETHER.items()]
-    rows.append(row("ping's average, not traced", lambda reader: reader.median("rtt_avg_us")))
+    rows.append(row("ping's median, not traced", lambda reader: reader.median("rtt_p50_us")))
     return {
         "title": "Beside the kernel's VXLAN, mean µs", "rows": rows,
         "columns": ["", *(cell for ours, kernel in pairs for cell in (ours.title, kernel.title, "ratio"))],
@@ -537,28 +543,32 @@ def tables(result):
 
 
 def plot(result):
-    """A bar for each view of vnetr's pings, and each of the kernel's, in pieces as the stages follow each other."""
+    """For floods and idle pings: a bar for each view of vnetr's and one for the kernel's, in pieces as the stages follow
+    each other."""
     import plots
     colours = dict(zip(KINDS, ("#94a3b8", "#c2410c", "#fdba74", "#cbd5e1")))
-    bars = [(title, [(reader.mean(group, stage.key), stage.kind) for stage in STAGES])
-            for title, reader, group in views(readers_there(result, OURS_FLOOD, OURS_IDLE))]
-    bars += [(reader.title, [(reader.segment(segment), PING if segment == PING_STAGE else KERNEL_WORK)
-                             for segment in SEGMENTS])
-             for reader in readers_there(result, KERNEL_FLOOD, KERNEL_IDLE)]
-    made, (axis,) = plots.grid(1, 1, 9, 0.4 * len(bars) + 1.2)
-    named = set()
-    for place, (_, pieces) in enumerate(bars):
-        left = 0
-        for span, kind in pieces:
-            axis.barh(place, span, left=left, color=colours[kind], edgecolor="white", linewidth=0.6, height=0.7,
-                      label=None if kind in named else kind)
-            named.add(kind)
-            left += span
-        axis.annotate(f" {left:,.1f}", (left, place), va="center", fontsize=7)
-    axis.set_yticks(range(len(bars)), [title for title, _ in bars])
-    axis.invert_yaxis()
-    axis.margins(x=0.1)
-    axis.set_title("mean of each stage, µs, traced", fontsize=8, loc="left")
-    axis.legend(fontsize=7, loc="lower right", frameon=False)
+    panels = []
+    for names in (OURS_FLOOD, KERNEL_FLOOD), (OURS_IDLE, KERNEL_IDLE):
+        bars = [(title, [(reader.mean(group, stage.key), stage.kind) for stage in STAGES])
+                for title, reader, group in views(readers_there(result, names[0]))]
+        bars += [(reader.title, [(reader.segment(segment), PING if segment == PING_STAGE else KERNEL_WORK)
+                                 for segment in SEGMENTS]) for reader in readers_there(result, names[1])]
+        panels.append(bars)
+    made, axes = plots.grid(len(panels), 1, 9, 0.4 * max(map(len, panels)) + 0.8)
+    for axis, bars in zip(axes, panels):
+        named = set()
+        for place, (_, pieces) in enumerate(bars):
+            left = 0
+            for span, kind in pieces:
+                axis.barh(place, span, left=left, color=colours[kind], edgecolor="white", linewidth=0.6, height=0.7,
+                          label=None if kind in named else kind)
+                named.add(kind)
+                left += span
+            axis.annotate(f" {left:,.1f}", (left, place), va="center", fontsize=7)
+        axis.set_yticks(range(len(bars)), [title for title, _ in bars])
+        axis.invert_yaxis()
+        axis.margins(x=0.1)
+        axis.set_title("mean of each stage, µs, traced", fontsize=8, loc="left")
+        axis.legend(fontsize=7, loc="lower right", frameon=False)
     made.tight_layout()
     return made
