@@ -543,7 +543,7 @@ def tables(result):
 
 
 def plot(result):
-    """For floods and idle pings: a bar for each view of vnetr's and one for the kernel's, in pieces as the stages follow
+    """For floods and idle pings a bar for each view of vnetr's and one for the kernel's, in pieces as the stages follow
     each other."""
     import plots
     colours = dict(zip(KINDS, ("#94a3b8", "#c2410c", "#fdba74", "#cbd5e1")))

@@ -25,8 +25,8 @@ TYPE_BITS, DELTA_BITS = 5, 27
 # What a page's count of bytes has above the count: flags for records that were lost.
 COMMIT_MASK = (1 << 20) - 1
 
-# One record, its time in nanoseconds: `kind` is the event's name, `thread` the id of the thread that was running, and `values` the fields that
-# were asked for.
+# One record, its time in nanoseconds: `kind` is the event's name, `thread` the id of the thread that was running, and
+# `values` the fields that were asked for.
 Event = collections.namedtuple("Event", "time cpu kind thread values")
 # What to trace: the fields to keep, and the kernel's filter expression or "".
 Wanted = collections.namedtuple("Wanted", "fields filter")
