@@ -10,13 +10,14 @@ import tempfile
 
 import vnetr
 from forwarders import first_line
-from lab import Failure, interruption
+from lab import Failure, Unavailable, interruption
 from measures import Effort
 from results import Result
 from rounds import measured
 
-BENCHMARKS = ("peers", "paper", "io", "tuning", "scale")
-MODULES = {"io": "input_output"}
+BENCHMARKS = ("peers", "paper", "io", "trace", "tuning", "scale")
+# Python has modules of these names.
+MODULES = {"io": "input_output", "trace": "ping_trace"}
 
 
 def module(name):
@@ -115,6 +116,10 @@ def main():
     resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, files_max))
     try:
         result = measured(benchmark, options, Effort(options.seconds, options.smoke))
+    except Unavailable as reason:
+        # All of it.
+        print(f"bench{': skipped' if options.smoke else ''}: {options.name}: {reason}", file=sys.stderr)
+        return 0 if options.smoke else 1
     except Failure as failure:
         print(f"bench: {failure}", file=sys.stderr)
         return 1

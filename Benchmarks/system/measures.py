@@ -41,14 +41,15 @@ class Effort:
         return self.seconds * 3 + 20
 
 
-def round_trip(lab, effort):
+def round_trip(lab, effort, interval_seconds=0):
     """`ping -i 0`: a flood (the next request as soon as the reply is there) that prints the time of each reply, in
-    whole microseconds where it is below a millisecond."""
-    lab.run("guestA", "ping", "-i", 0, "-c", effort.round_trips, GUEST_ADDRESS["B"], output="ping", check=False,
-            seconds_max=effort.round_trips * 0.011 + 20)
+    whole microseconds where it is below a millisecond. With an interval fewer of them, as many as fit."""
+    count = round(effort.seconds / interval_seconds) if interval_seconds else effort.round_trips
+    lab.run("guestA", "ping", "-i", interval_seconds, "-c", count, GUEST_ADDRESS["B"], output="ping", check=False,
+            seconds_max=count * (interval_seconds + 0.011) + 20)
     times = [float(time) * 1000 for time in re.findall(r"time=([\d.]+) ms", (lab.folder / "ping").read_text())]
-    if len(times) < effort.round_trips * 0.9:
-        raise Failure(f"only {len(times)} of {effort.round_trips} pings were answered")
+    if len(times) < count * 0.9:
+        raise Failure(f"only {len(times)} of {count} pings were answered")
     percentiles = statistics.quantiles(times, n=100, method="inclusive")
     return {"rtt_avg_us": statistics.fmean(times), "rtt_p50_us": percentiles[49], "rtt_p99_us": percentiles[98]}
 
