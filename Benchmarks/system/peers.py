@@ -31,7 +31,8 @@ HOW = [
     "CPU: seconds that the whole machine was busy for each GB of TCP payload, traffic tool and all.",
     "UDP 1400 B delivered: payload, sender unthrottled.",
     "UDP 1400 B, at most 0.5 % lost: the highest rate offered, by bisection in runs of 1 s with socket buffers of 4 MiB"
-    " (with iperf3's default of 208 KiB a receiver that waits for a CPU loses at any rate).",
+    " (with iperf3's default of 208 KiB a receiver that waits for a CPU loses at any rate). A rate counts where one of"
+    " two runs lost no more.",
     "UDP 64 B: payload of 18 B, so that frames are 64 B with their frame check sequence; sender unthrottled.",
     "TCP in 1 Gb/s: the underlay shaped by TBF; goodput is what full segments' headers leave of it.",
 ]

@@ -322,7 +322,8 @@ public enum Schema {
       "Entries of a worker's submission queue; the kernel rounds up to a power of two."),
     KeyDefinition(
       .tuning, "batch_frames", .integer(1...1024), default: .value(.integer(64)),
-      "The most frames that a worker takes through its stages at a time: as many buffers are lent to the kernel."),
+      "The most frames that a worker takes through its stages at a time: as many buffers are lent to the kernel, at "
+        + "most half of `slots`."),
     KeyDefinition(
       .tuning, "batch_wait_us", .integer(0...10_000), default: .value(.integer(0)),
       "Microseconds that a worker may wait for a fuller batch while it polls; 0: it never waits."),

@@ -269,6 +269,12 @@ public final class Service {
       metadata: [
         "cpus": "\(cpus.joined(separator: " "))", "layout": "\(plan.layout)", "why": "\(plan.whyTheseWorkers)",
       ])
+    let cutsTrains = UnderlaySocket.kernelCutsTrains()
+    let formsTrains = tuning.gso && cutsTrains
+    if tuning.gso && !cutsTrains && !plan.links.isEmpty {
+      log.warning(
+        "links send one datagram at a time", metadata: ["why": "this kernel has no UDP_SEGMENT, which came with 4.18"])
+    }
     for (number, worker) in plan.workers.enumerated() {
       var settings = WorkerThread.Plan(number: number, cpu: worker.cpu)
       settings.ringEntries = tuning.ringEntries
@@ -289,7 +295,7 @@ public final class Service {
       settings.worker.interfaces = plan.interfaceCount
       settings.worker.domains = plan.domains.count
       settings.worker.operations = max(tuning.slots * 8, WorkerThread.Plan.operationsMin)
-      settings.worker.formsTrains = tuning.gso
+      settings.worker.formsTrains = formsTrains
       let worker = try WorkerThread(settings, controlWaker: waker, snapshot: snapshot)
       workers.append(worker)
       interfaceCounters.append((0..<plan.interfaceCount).map { _ in CounterBlock() })

@@ -3,7 +3,7 @@
 // The way of a frame between workers
 // 1. A stage puts descriptors for a neighbour into that neighbour's `Outlet`, straight onto the ring, and flushes it
 //    once a turn: then the neighbour sees the batch. What does not fit on a full ring is dropped and counted: the ring
-//    is as deep as there are slots, unless it was set smaller, so normally everything fits.
+//    is at least as deep as there are slots, unless it was set smaller, so all but trains of many flows each fits.
 // 2. The neighbour's `Inlets` take batches off the rings, each ring in turn.
 // 3. When the last send of a slot is done, it goes back to the worker that received into it, by a ring of slot numbers.
 // Each push looks at the neighbour's bell.

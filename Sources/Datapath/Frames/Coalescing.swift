@@ -9,9 +9,9 @@
 /// but for lengths, checksums, IPv4 identification (counts up by one), TCP sequence (counts up by payload), PSH and FIN
 /// (the last frame's only) and CWR (the first's only). All have as much payload as the first; the last may have less.
 ///
-/// One thing may come out otherwise: UDP datagrams with DF may all have one IPv4 identification, as Linux sends them by
-/// a socket that is not connected. Cut again they have ones that count up. It says nothing for them (RFC 6864 section
-/// 4.1), and the kernel's GRO and segmentation do the same (`inet_gro_flush` of include/net/gro.h).
+/// One thing may come out otherwise: UDP datagrams with DF may have any IPv4 identifications, which say nothing there
+/// (RFC 6864 section 4.1). Linux sends all with one where the socket is not connected, and a queue before us that lost
+/// some leaves gaps. Cut again they have ones that count up from the first's.
 ///
 /// The whole gets a checksum of its own, which would bless a corrupt frame: so the IPv4 header's and the transport's
 /// checksum of every frame are verified before it is taken.
@@ -41,8 +41,6 @@ public struct Coalescer: BitwiseCopyable, Hashable, Sendable {
   @usableFromInline let hasCWR: Bool
   /// PSH and FIN of the last frame: either ends the run.
   private var endFlags: TCPFlags
-  /// All frames have one IPv4 identification: the second settled it.
-  private var hasOneIdentification = false
   /// The running sum over the IPv4 header without total length, identification and checksum; over the pseudo-header
   /// without length.
   private let networkSum: UInt64
@@ -156,9 +154,6 @@ public struct Coalescer: BitwiseCopyable, Hashable, Sendable {
     payloadBytes &+= nextPayloadBytes
     if isTCP {
       endFlags = TCPFlags(rawValue: unsafe next.networkUInt8(at: transportOffset &+ 13)).intersection([.psh, .fin])
-    } else if isIPv4 {
-      hasOneIdentification =
-        unsafe next.networkUInt16(at: networkOffset &+ 4) == first.networkUInt16(at: networkOffset &+ 4)
     }
     return true
   }
@@ -183,17 +178,16 @@ public struct Coalescer: BitwiseCopyable, Hashable, Sendable {
       }
       let step =
         unsafe next.networkUInt16(at: networkOffset &+ 4) &- first.networkUInt16(at: networkOffset &+ 4)
-      if step == 0 { return hasOneIdentification || mayHaveOneIdentification(first) }
-      return step == UInt16(truncatingIfNeeded: frameCount) && !hasOneIdentification
+      return step == UInt16(truncatingIfNeeded: frameCount) || mayHaveAnyIdentification(first)
     }
     return Int(unsafe next.networkUInt16(at: networkOffset &+ 4))
       == next.byteCount &- networkOffset &- IPv6Header.bytes
   }
 
-  /// Whether the second frame may have the first's identification. TCP's segments, for which DF would allow it too,
-  /// come out as they were.
-  private func mayHaveOneIdentification(_ first: RawSpan) -> Bool {
-    guard frameCount == 1, !isTCP else { return false }
+  /// Whether the identification says nothing. TCP's segments, for which DF would allow it too, come out as they were.
+  @inline(__always)
+  private func mayHaveAnyIdentification(_ first: RawSpan) -> Bool {
+    if isTCP { return false }
     return unsafe first.networkUInt8(at: networkOffset &+ 6) & 0x40 != 0
   }
 

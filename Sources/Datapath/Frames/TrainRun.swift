@@ -63,9 +63,19 @@ public struct TrainRun {
   @inline(__always)
   private func number(of index: Int) -> Int {
     if !hasOthersBetween { return members.trailingZeroBitCount + index }
-    var left = members
-    for _ in 0..<index { left &= left &- 1 }
-    return left.trailingZeroBitCount
+    // By halves: the lower one has it, or the upper one has it with so many fewer before it.
+    var number = 0
+    var rank = index
+    var halfBits = UInt128.bitWidth / 2
+    while halfBits > 0 {
+      let lowerCount = (members &>> UInt128(number) & (1 &<< UInt128(halfBits) &- 1)).nonzeroBitCount
+      if rank >= lowerCount {
+        rank -= lowerCount
+        number += halfBits
+      }
+      halfBits /= 2
+    }
+    return number
   }
 
   /// Adds a frame to a run, or to a single frame that becomes one. Both are of the same train, each with its own place

@@ -51,7 +51,7 @@ public struct SendPool: ~Copyable, @unchecked Sendable {
   /// - Parameters:
   ///   - count: operations.
   ///   - gathers: messages of many parts at once; without a free one frames leave one by one.
-  public init(count: Int, gathers gatherCount: Int = 128) {
+  public init(count: Int, gathers gatherCount: Int = 512) {
     precondition(count > 0 && count < Int(UInt32.max))
     self.count = count
     self.gatherCount = gatherCount

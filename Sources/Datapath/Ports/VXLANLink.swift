@@ -95,6 +95,16 @@ public enum UnderlaySocket {
     return descriptor
   }
 
+  /// Whether the kernel cuts trains (`UDP_SEGMENT` of linux/udp.h, since 4.18). One that does not know the control
+  /// message would send a train as one datagram.
+  public static func kernelCutsTrains() -> Bool {
+    var descriptor = socket(AF_INET, Int32(SOCK_DGRAM.rawValue), 0)
+    if descriptor < 0 { descriptor = socket(AF_INET6, Int32(SOCK_DGRAM.rawValue), 0) }
+    guard descriptor >= 0 else { return false }
+    defer { close(descriptor) }
+    return (try? set(descriptor, Int32(IPPROTO_UDP), CLINUX_UDP_SEGMENT, 0, "ask for UDP_SEGMENT")) != nil
+  }
+
   /// A socket that sends to one link's other end, from a source port of its own: datagrams that come back to the
   /// tunnel's port must not be its.
   /// - Parameters:

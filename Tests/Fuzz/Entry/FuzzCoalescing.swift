@@ -61,19 +61,17 @@ private func checkRun(_ coalescer: Coalescer, _ run: [[UInt8]]) {
   }
 }
 
-/// UDP datagrams over IPv4 with DF and one identification come out with ones that count up; all others as they are.
+/// UDP datagrams over IPv4 with DF come out with identifications that count up; all others as they are.
 private func withCountedIdentifications(_ run: [[UInt8]]) -> [[UInt8]] {
   let first = run[0]
   guard run.count > 1, let parsed = ParsedFrame(first.rawBytes), parsed.ipVersion == 4,
     parsed.ipProtocol == IPProtocol.udp
   else { return run }
   let place = parsed.networkOffset + 4
-  guard run[0][place + 2] & 0x40 != 0, run.allSatisfy({ $0[place..<place + 2] == run[0][place..<place + 2] }) else {
-    return run
-  }
+  guard run[0][place + 2] & 0x40 != 0 else { return run }
   return run.enumerated().map { number, frame in
     var frame = frame
-    let identification = (Int(frame[place]) << 8 | Int(frame[place + 1])) + number
+    let identification = (Int(run[0][place]) << 8 | Int(run[0][place + 1])) + number
     frame[place] = UInt8(identification >> 8 & 0xff)
     frame[place + 1] = UInt8(identification & 0xff)
     repairChecksums(of: &frame)
