@@ -18,10 +18,36 @@ HOW = [
 ]
 
 
+# The start of a table's title, the row that is meant, the row that it is compared with (none: millions a second), the
+# least that is wanted, and what would be better.
+TARGETS = [
+    ("SPSC ring of 1024 places, items of 8 bytes, batches of 32", "SPSCRing", "rte_ring", 1.0, 1.2),
+    ("SPSC ring of 1024 places, items of 64 bytes, batches of 32", "SPSCRing", "rte_ring", 1.0, 1.2),
+    ("route + encapsulate, in memory, one core, 1000000", "the same, prefetched some frames ahead", None, 20, 40),
+]
+
+
+def targets_table(groups):
+    rows = []
+    for title, name, reference, least, better in TARGETS:
+        group = next((group for group in groups if group["title"].startswith(title)), None)
+        medians = {row["name"]: statistics.median(row["ns"]) for row in group["rows"]} if group else {}
+        if name not in medians or (reference and reference not in medians):
+            continue
+        value = medians[reference] / medians[name] if reference else 1000 / medians[name]
+        unit = "×" if reference else "M/s"
+        verdict = "better reached" if value >= better else "reached" if value >= least else "NOT reached"
+        rows.append([f"{group['title']}: {name}", reference or "-", f"≥ {least:g} {unit}", f"≥ {better:g} {unit}",
+                     number(value, 2), verdict])
+    return {"title": "Targets", "columns": ["what", "against", "at least", "better", "here", "verdict"], "rows": rows,
+            "notes": []}
+
+
 class MicroResult(Result):
     def all_tables(self):
         """A table for each one that was measured, instead of one for all rows and one for each measure."""
-        return self.document["tables"]
+        targets = self.document.get("targets")
+        return ([targets] if targets else []) + self.document["tables"]
 
 
 def table(group, document):
@@ -58,7 +84,10 @@ def result(figures):
             made.add(f"{place}.{count}", {"allocations": row["allocations"]})
     for subject, each in zip(skipped, figures["skipped"]):
         made.skip(subject["key"], each["reason"])
+    targets = targets_table(groups)
     made.document["tables"] = [table(group, made.document) for group in groups]
+    if targets["rows"]:
+        made.document["targets"] = targets
     return made
 
 
