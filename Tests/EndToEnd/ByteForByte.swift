@@ -77,8 +77,8 @@ extension EndToEnd {
         before = try forwarders.map { try $0.counters().drops }
       }
 
-      /// How often the first forwarder receives while so many datagrams come, which the second guest hands over at once:
-      /// a train is received once.
+      /// How often the first forwarder receives while so many datagrams come, which the second guest hands over at
+      /// once: a train is received once.
       func receives(datagrams count: Int) throws -> Int {
         try guests[1].setOffloads(.all)
         let (to, port, bytes) = (guests[0].address, UInt16(5000), 1_000)
