@@ -1,3 +1,4 @@
+import Datapath
 import Testing
 
 extension EndToEnd {
@@ -154,6 +155,72 @@ extension EndToEnd {
         try peer.send(BadDatagram.goodFrame, to: hosts[0].address, port: 9000)
         #expect(try ears.receives(number: 1))
         try stopAll([node])
+      }
+    }
+
+    /// What is wrong with one datagram of a train.
+    enum Flaw: String, CaseIterable, CustomTestStringConvertible {
+      case length = "a length longer than what came"
+      case checksum = "a wrong transport checksum"
+      var testDescription: String { rawValue }
+    }
+
+    @Test("one bad datagram of a train harms no other, and nobody makes its checksum right", arguments: Flaw.allCases)
+    func badDatagramOfTrain(flaw: Flaw) throws {
+      try withLab { lab in
+        let hosts = try lab.hosts(2)
+        let (forwarder, guest) = try lab.forwarder(on: hosts[0], peer: hosts[1], guest: 1)
+        let device = try PacketSocket(in: guest.namespace, takesOffloads: true)
+        let port: UInt16 = 5000
+        let ears = try DatagramSocket(in: guest.namespace, address: guest.address, port: port)
+        let peer = try DatagramSocket(in: hosts[1].namespace, address: hosts[1].address, port: 4789)
+        // Whom the train is for is known: it goes to one port, and what can be joined is.
+        try device.send(Frame.numbered(1, to: .broadcast, from: guest.mac), OffloadHeader())
+        #expect(try peer.receive(seconds: 5) != nil)
+        let before = try forwarder.counters()
+
+        let payloads = (1...6).map { [UInt8](repeating: UInt8($0), count: 200) }
+        let bad = 2
+        let datagrams = payloads.enumerated().map { number, payload in
+          let packet = Frame.datagramPacket(
+            from: [10, 1, 0, 9], to: [10, 1, 0, 1], port: port,
+            claimedLength: number == bad && flaw == .length ? 1_400 : nil,
+            isSumRight: number != bad || flaw == .length, payload: payload)
+          let inner = Frame.ethernet(to: guest.mac, from: BadDatagram.innerSource, type: Frame.ipv4, payload: packet)
+          return Frame.vxlan(vni: 42, inner: inner)
+        }
+        try peer.send(
+          datagrams.flatMap { $0 }, segmentBytes: datagrams[0].count, to: hosts[0].address, port: 4789)
+
+        // The guest's kernel hands on the good ones, in order.
+        let good = payloads.enumerated().filter { $0.offset != bad }.map(\.element)
+        for payload in good { #expect(try ears.receive() == payload) }
+        #expect(try ears.receive(seconds: 0.3) == nil)
+
+        // The corrupt one gets as far as the guest's device, by itself and as it came.
+        var arrived: [[UInt8]] = []
+        var wrong: [[UInt8]] = []
+        var count = 0
+        while let (frame, offload) = try device.receiveWithOffload(seconds: 0.3) {
+          guard let segment = Frame.Segment(frame, isIPv4: true, isTCP: false, tagCount: 0) else { continue }
+          let payload = Array(segment.payload)
+          count += 1
+          arrived += stride(from: 0, to: payload.count, by: 200).map {
+            Array(payload[$0..<min($0 + 200, payload.count)])
+          }
+          if !offload.needsChecksum && !segment.isSumRight { wrong.append(payload) }
+        }
+        #expect(arrived == (flaw == .length ? good : payloads))
+        #expect(wrong == (flaw == .length ? [] : [payloads[bad]]))
+        #expect(count < arrived.count, "nothing was joined: no run, so nothing that could go wrong")
+        #expect(try guest.checksumErrors() == (flaw == .length ? [:] : ["UdpInCsumErrors": 1]))
+
+        let report = try forwarder.stop()
+        #expect(report.total("receives", .workers) - before.total("receives", .workers) == 1, "it came as one train")
+        #expect(report.total("drop_bad_inner_length", .links) == (flaw == .length ? 1 : 0))
+        #expect(report.total("in_frames", .links) == payloads.count)
+        #expect(report.drops.filter { $0.key != "drop_bad_inner_length" } == before.drops)
+        expectConservation(report)
       }
     }
 

@@ -32,7 +32,12 @@ extension EndToEnd {
         Other(offloads: false, pairs: .some), Other(isKernel: true, flags: ["--io", "syscalls"], pairs: .some),
         Other(flags: pipeline, encapsulation: "vnetp", pairs: .some),
         Other(isKernel: true, flags: pipeline, pairs: .some),
+        Other(flags: withoutTrainsOut, pairs: .some), Other(flags: withoutTrainsIn, pairs: .some),
       ]
+      static let withoutTrainsOut = ["--gso", "false"]
+      static let withoutTrainsIn = ["--gro", "false"]
+      /// Whether each datagram of the underlay is received by itself.
+      var isOneByOne: Bool { flags == Self.withoutTrainsOut || flags == Self.withoutTrainsIn }
     }
 
     /// Two guests that speak IPv4 and IPv6, the first behind vnetr.
@@ -70,6 +75,22 @@ extension EndToEnd {
         guard ping.isComplete else { throw LabError("the guests do not reach each other: \(ping)") }
         // A device that is plugged in is down for a moment.
         before = try forwarders.map { try $0.counters().drops }
+      }
+
+      /// How often the first forwarder receives while so many datagrams come, which the second guest hands over at
+      /// once: a train is received once.
+      func receives(datagrams count: Int) throws -> Int {
+        try guests[1].setOffloads(.all)
+        let (to, port, bytes) = (guests[0].address, UInt16(5000), 1_000)
+        let receiver = try DatagramSocket(in: guests[0].namespace, address: to, port: port)
+        let sender = try DatagramSocket(in: guests[1].namespace, address: guests[1].address)
+        func receives() throws -> Int { try forwarders[0].counters().total("receives", .workers) }
+        let before = try receives()
+        try sender.send([UInt8](repeating: 7, count: bytes * count), segmentBytes: bytes, to: to, port: port)
+        for number in 0..<count {
+          guard try receiver.receive() != nil else { throw LabError("\(number) of \(count) datagrams come") }
+        }
+        return try receives() - before
       }
 
       /// Nothing was dropped since the start, nothing was lost uncounted, and no checksum was wrong where it arrived.
@@ -121,9 +142,19 @@ extension EndToEnd {
             try exchange.urgentBytes(number % 2 == 0 ? .ipv4 : .ipv6)
           }
         }
-        // That it was super-frames and trains that all this went by.
+        // That it was super-frames and trains that all this went by, or that it was not.
         let counters = try setting.forwarders[0].counters()
-        #expect(counters.total("train_frames", .workers) > 1_000)
+        if other.flags == Other.withoutTrainsOut {
+          #expect(counters.total("trains", .workers) == 0)
+        } else {
+          #expect(counters.total("train_frames", .workers) > 1_000)
+        }
+        let receives = try setting.receives(datagrams: 40)
+        if other.isOneByOne {
+          #expect(receives >= 40)
+        } else if !other.isKernel && other.offloads != false {
+          #expect(receives < 40)
+        }
         try setting.expectNothingLost()
       }
     }

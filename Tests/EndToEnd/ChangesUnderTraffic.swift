@@ -8,7 +8,7 @@ extension EndToEnd {
   struct ChangesUnderTraffic {
     /// Two hosts with a guest each, over an underlay that carries the guests' frames whole.
     private struct Setting {
-      static let wideBytes = 1_550
+      let wideBytes: Int
       static let narrowBytes = 1_400
       let hosts: [Host]
       let nodes: [Node]
@@ -16,8 +16,9 @@ extension EndToEnd {
       var b: Guest { nodes[1].guests[0] }
 
       /// - Parameter fragment: whether links may let the underlay fragment.
-      init(_ lab: Lab, fragment: Bool? = nil, io: String = "uring") throws {
-        let hosts = try lab.hosts(2, mtu: Self.wideBytes)
+      init(_ lab: Lab, fragment: Bool? = nil, io: String = "uring", family: Family = .ipv4) throws {
+        wideBytes = 1_500 + family.overheadBytes
+        let hosts = try lab.hosts(2, family: family, mtu: wideBytes)
         nodes = try hosts.map { host in
           var configuration = NodeConfiguration(host, among: hosts)
           configuration.links[0].fragment = fragment
@@ -71,10 +72,10 @@ extension EndToEnd {
 
     @Test(
       "trains that the underlay refuses in mid-flow go datagram by datagram, and come back",
-      arguments: ["uring", "syscalls"])
-    func refusedTrains(io: String) throws {
+      arguments: ["uring", "syscalls"], Family.allCases)
+    func refusedTrains(io: String, family: Family) throws {
       try withLab { lab in
-        let setting = try Setting(lab, fragment: true, io: io)
+        let setting = try Setting(lab, fragment: true, io: io, family: family)
         let before = try setting.drops()
         let stream = try RunningStream(from: setting.a, to: setting.b, seed: 2)
         let wide = try setting.percentInTrains(stream)
@@ -91,7 +92,7 @@ extension EndToEnd {
         let refusals = try setting.total("train_refusals")
         #expect(try stream.run { try setting.total("train_refusals") > refusals }, "it is tried again")
 
-        try setting.setUnderlay(Setting.wideBytes, under: stream)
+        try setting.setUnderlay(setting.wideBytes, under: stream)
         try stream.run(seconds: Self.refusalSeconds)
         let last = try setting.total("train_refusals")
         let wideAgain = try setting.percentInTrains(stream)
@@ -125,7 +126,7 @@ extension EndToEnd {
         #expect(try setting.total("train_refusals") == refusals)
 
         // The stream waits for a path, and goes on by itself.
-        try setting.setUnderlay(Setting.wideBytes, under: stream)
+        try setting.setUnderlay(setting.wideBytes, under: stream)
         let received = stream.receivedBytes
         #expect(try stream.run(within: 30) { stream.receivedBytes > received + 4 << 20 })
         try stream.run(seconds: Self.refusalSeconds)

@@ -76,6 +76,25 @@ enum Frame {
     return header + payload
   }
 
+  /// The port that datagrams and segments of tests come from.
+  private static let senderPort: UInt16 = 40_000
+
+  /// An IPv4 packet, not to be fragmented, with a UDP datagram, which is ``Segment``'s to read.
+  /// - Parameters:
+  ///   - claimedLength: what IPv4's header says, whatever follows it.
+  ///   - isSumRight: whether UDP's checksum is; a wrong one differs in one bit.
+  static func datagramPacket(
+    from source: [UInt8], to destination: [UInt8], port: UInt16, claimedLength: Int? = nil, isSumRight: Bool = true,
+    payload: [UInt8]
+  ) -> [UInt8] {
+    let length = networkOrder(UInt16(8 + payload.count))
+    let ports = networkOrder(senderPort) + networkOrder(port)
+    let checksum = ~sum(source + destination + [0, 17] + length + ports + length + payload)
+    return ipv4Packet(
+      from: source, to: destination, protocolNumber: 17, claimedLength: claimedLength, fragment: 0x4000,
+      payload: ports + length + networkOrder(isSumRight ? checksum : checksum ^ 0x100) + payload)
+  }
+
   /// The one's complement sum of RFC 1071.
   static func sum(_ bytes: some Collection<UInt8>) -> UInt16 {
     var sum = 0
@@ -100,7 +119,7 @@ enum Frame {
       ? [10, 1, 2, 3, 10, 1, 2, 4]
       : [0xfd] + [UInt8](repeating: 0, count: 14) + [1, 0xfd] + [UInt8](repeating: 0, count: 14) + [2]
     let partial = sum(addresses + [0, ipProtocol] + networkOrder(UInt16(transportBytes)))
-    var transport = networkOrder(UInt16(40_000)) + networkOrder(UInt16(5_201))
+    var transport = networkOrder(senderPort) + networkOrder(UInt16(5_201))
     if isTCP {
       transport += networkOrder(sequence) + networkOrder(UInt32(7)) + [0x80, 0xd9, 1, 0]
       transport += networkOrder(partial) + [0, 0, 1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2]
@@ -144,7 +163,7 @@ enum Frame {
       let start = transport + (isTCP ? 32 : 8)
       func number(_ place: Int) -> UInt16 { UInt16(frame[place]) << 8 | UInt16(frame[place + 1]) }
       guard frame.count > start, number(network - 2) == (isIPv4 ? ipv4 : ipv6),
-        frame[network + (isIPv4 ? 9 : 6)] == (isTCP ? 6 : 17), number(transport) == 40_000
+        frame[network + (isIPv4 ? 9 : 6)] == (isTCP ? 6 : 17), number(transport) == senderPort
       else { return nil }
       let end = isIPv4 ? network + Int(number(network + 2)) : transport + Int(number(network + 4))
       guard end > start, end <= frame.count else { return nil }
