@@ -41,17 +41,19 @@ let package = Package(
       ],
       swiftSettings: own),
     .target(name: "FuzzEntry", dependencies: ["Datapath"], path: "Tests/Fuzz/Entry", swiftSettings: own),
+    .target(name: "TestSupport", path: "Tests/Support", swiftSettings: own),
     .testTarget(
-      name: "DatapathTests", dependencies: ["CLinux", "Datapath", "FuzzEntry"], path: "Tests/Datapath",
+      name: "DatapathTests", dependencies: ["CLinux", "Datapath", "FuzzEntry", "TestSupport"], path: "Tests/Datapath",
       swiftSettings: own),
     .testTarget(
       name: "SimulatedKernelTests", dependencies: ["Datapath", "SimulatedKernel"], path: "Tests/SimulatedKernel",
       swiftSettings: own),
     .testTarget(
-      name: "ControlTests", dependencies: ["Control", "Datapath"], path: "Tests/Control", swiftSettings: own),
+      name: "ControlTests", dependencies: ["Control", "Datapath", "TestSupport"], path: "Tests/Control",
+      swiftSettings: own),
     .testTarget(
       name: "EndToEndTests",
-      dependencies: ["CLinux", "Datapath"],
+      dependencies: ["CLinux", "Datapath", "TestSupport"],
       path: "Tests/EndToEnd", swiftSettings: own),
   ]
 )

@@ -1,19 +1,7 @@
+import TestSupport
 import Testing
 
 @testable import Control
-
-/// A small generator with a seed, so that a failing case can be run again.
-private struct SplitMix64: RandomNumberGenerator {
-  var state: UInt64
-
-  mutating func next() -> UInt64 {
-    state &+= 0x9E37_79B9_7F4A_7C15
-    var mixed = state
-    mixed = (mixed ^ (mixed >> 30)) &* 0xBF58_476D_1CE4_E5B9
-    mixed = (mixed ^ (mixed >> 27)) &* 0x94D0_49BB_1331_11EB
-    return mixed ^ (mixed >> 31)
-  }
-}
 
 @Suite struct ConfigurationFuzzTests {
   /// Texts that matter to TOML or to a key.
@@ -30,7 +18,7 @@ private struct SplitMix64: RandomNumberGenerator {
 
   @Test(arguments: [UInt64](1...8))
   func noMutationOfAConfigurationCrashesOrGivesAnErrorThatIsNotOneLine(_ seed: UInt64) {
-    var generator = SplitMix64(state: seed)
+    var generator = SeededRandom(seed: seed)
     for _ in 0..<400 {
       var text = Array(Bool.random(using: &generator) ? sound : soundRules)
       for _ in 0..<Int.random(in: 1...6, using: &generator) {

@@ -1,5 +1,6 @@
 import Datapath
 import FuzzEntry
+import TestSupport
 import Testing
 
 @Suite("Internet checksum")
@@ -27,7 +28,7 @@ struct FramesChecksum {
 
   @Test("any length and alignment sums up as RFC 1071 written down plainly does")
   func againstReference() {
-    var random = FramesRandom(seed: 3)
+    var random = SeededRandom(seed: 3)
     for length in 0...300 {
       let bytes = random.bytes(length + 8)
       for start in 0..<8 {
@@ -43,7 +44,7 @@ struct FramesChecksum {
     let ones = [UInt8](repeating: 0xff, count: 65_535)
     #expect(InternetChecksum.fold(InternetChecksum.sum(ones.rawBytes)) == reference(ones[...]))
     #expect(InternetChecksum.fold(InternetChecksum.sum(ones.rawBytes, initial: 1 << 40)) != 0)
-    var random = FramesRandom(seed: 4)
+    var random = SeededRandom(seed: 4)
     let bytes = random.bytes(65_536)
     #expect(InternetChecksum.fold(InternetChecksum.sum(bytes.rawBytes)) == reference(bytes[...]))
     #expect(InternetChecksum.fold(UInt64.max) == 0xffff)
@@ -63,7 +64,7 @@ struct FramesChecksum {
 
   @Test("pseudo-headers sum up as their bytes do, for addresses and lengths of all kinds")
   func pseudoHeaders() {
-    var random = FramesRandom(seed: 5)
+    var random = SeededRandom(seed: 5)
     for _ in 0..<500 {
       let ipProtocol = random.number(UInt8.self)
       let length = Int(random.number(UInt16.self))
@@ -102,7 +103,7 @@ struct FramesChecksum {
 
   @Test("an updated checksum is the recomputed one, for every word of random IPv4 headers")
   func update() {
-    var random = FramesRandom(seed: 6)
+    var random = SeededRandom(seed: 6)
     for _ in 0..<300 {
       var header = random.bytes(20)
       header[0] = 0x45

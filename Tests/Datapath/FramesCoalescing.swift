@@ -1,17 +1,18 @@
 import Datapath
 import FuzzEntry
+import TestSupport
 import Testing
 
 extension MadeSuperFrame {
   /// Any header, but for what keeps frames apart: flags that end a run stand where they may.
-  static func joinable(_ random: inout FramesRandom) -> MadeSuperFrame {
+  static func joinable(_ random: inout SeededRandom) -> MadeSuperFrame {
     var made = MadeSuperFrame.random(&random)
     made.fillHeaders(&random)
     return made
   }
 
   /// Random bytes wherever the coalescer asks for no more than that they stay the same.
-  mutating func fillHeaders(_ random: inout FramesRandom) {
+  mutating func fillHeaders(_ random: inout SeededRandom) {
     func fill(_ places: Range<Int>) { for place in places { bytes[place] = random.number() } }
     fill(0..<12)
     for tag in 0..<(networkOffset - 14) / 4 { fill(14 + 4 * tag..<16 + 4 * tag) }
@@ -160,7 +161,7 @@ struct FramesCoalescing {
 
   @Test("segments of random super-frames join to the super-frame that they were cut from")
   func identity() throws {
-    var random = FramesRandom(seed: 50)
+    var random = SeededRandom(seed: 50)
     for _ in 0..<200 {
       let made = MadeSuperFrame.joinable(&random)
       let segments = made.segments
@@ -184,7 +185,7 @@ struct FramesCoalescing {
 
   @Test("changed, dropped, doubled and swapped frames join where the plain definition has them join, and only there")
   func againstReference() throws {
-    var random = FramesRandom(seed: 51)
+    var random = SeededRandom(seed: 51)
     var joins = 0
     var refusals = 0
     for _ in 0..<400 {
@@ -231,7 +232,7 @@ struct FramesCoalescing {
 
   /// One of each kind, three frames of 24 bytes of payload and one of 8.
   static func kinds(flags: TCPFlags = [.ack]) -> [MadeSuperFrame] {
-    var random = FramesRandom(seed: 52)
+    var random = SeededRandom(seed: 52)
     var kinds: [MadeSuperFrame] = []
     for isIPv4 in [true, false] {
       for isTCP in [true, false] {
@@ -666,7 +667,7 @@ struct FramesCoalescing {
 
   @Test("trains with random bytes in them keep every promise")
   func hostile() {
-    var random = FramesRandom(seed: 53)
+    var random = SeededRandom(seed: 53)
     for _ in 0..<150 {
       var made = MadeSuperFrame.joinable(&random)
       let payload = made.bytes.count - made.headerBytes

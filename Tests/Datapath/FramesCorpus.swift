@@ -1,6 +1,7 @@
 import Datapath
 import FuzzEntry
 import Glibc
+import TestSupport
 import Testing
 
 /// The fuzzer's committed corpus. Its first inputs were made and their checksums computed by other means than the
@@ -56,7 +57,7 @@ struct FramesCorpusReplay {
 
   @Test("random bytes, and corpus frames with random bytes in them, keep every promise")
   func random() throws {
-    var random = FramesRandom(seed: 9)
+    var random = SeededRandom(seed: 9)
     let seeds = try FramesCorpus.names("frames").map { try FramesCorpus.bytes("frames", $0) }
     for round in 0..<300 {
       let noise = random.bytes(round)

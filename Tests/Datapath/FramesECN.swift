@@ -1,5 +1,6 @@
 import Datapath
 import FuzzEntry
+import TestSupport
 import Testing
 
 @Suite("ECN through a tunnel")
@@ -42,7 +43,7 @@ struct FramesECN {
 
   @Test("a rewritten ToS leaves an IPv4 header whose checksum holds and where nothing else changed")
   func rewriteIPv4() throws {
-    var random = FramesRandom(seed: 7)
+    var random = SeededRandom(seed: 7)
     for _ in 0..<200 {
       let header = IPv4Header(
         headerBytes: 20 + 4 * Int(random.number(UInt8.self) % 11), typeOfService: random.number(), totalBytes: 60,

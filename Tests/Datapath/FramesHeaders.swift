@@ -1,5 +1,6 @@
 import Datapath
 import FuzzEntry
+import TestSupport
 import Testing
 
 @Suite("MAC addresses")
@@ -10,7 +11,7 @@ struct FramesMACAddress {
     #expect(address.bits == 0x0200_0000_000a)
     #expect(address.description == "02:00:00:00:00:0a")
     #expect(MACAddress("FE:dc:BA:98:76:54")?.bits == 0xfedc_ba98_7654)
-    var random = FramesRandom(seed: 1)
+    var random = SeededRandom(seed: 1)
     for _ in 0..<1000 {
       let address = MACAddress(bits: random.number())
       #expect(MACAddress(address.description) == address)
@@ -147,7 +148,7 @@ struct FramesVectors {
 struct FramesRoundTrips {
   @Test("what a writer wrote the view reads, at any offset and alignment, and nothing around it is touched")
   func writerToView() {
-    var random = FramesRandom(seed: 2)
+    var random = SeededRandom(seed: 2)
     for _ in 0..<500 {
       let offset = Int(random.number(UInt8.self) % 17)
       let ethernet = EthernetHeader(

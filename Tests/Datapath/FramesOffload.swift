@@ -1,5 +1,6 @@
 import Datapath
 import FuzzEntry
+import TestSupport
 import Testing
 
 @Suite("Offload header")
@@ -52,7 +53,7 @@ struct FramesOffload {
 
   @Test("a finished checksum holds for the receiver, over IPv4 and IPv6, for TCP and UDP, of odd and even length")
   func finished() {
-    var random = FramesRandom(seed: 8)
+    var random = SeededRandom(seed: 8)
     for ipProtocol in [IPProtocol.tcp, IPProtocol.udp] {
       for ipv6 in [false, true] {
         for count in [0, 1, 2, 7, 8, 99, 1400, 1447] {

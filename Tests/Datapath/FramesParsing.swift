@@ -1,5 +1,6 @@
 import Datapath
 import FuzzEntry
+import TestSupport
 import Testing
 
 @Suite("Parsed frame")
@@ -204,7 +205,7 @@ struct FramesFlowHash {
 
   @Test("a changed bit of the flow changes half of the hash's bits, whichever it is")
   func avalanche() throws {
-    var random = FramesRandom(seed: 10)
+    var random = SeededRandom(seed: 10)
     var changed = [Int](repeating: 0, count: 32)
     let rounds = 2000
     for _ in 0..<rounds {

@@ -1,5 +1,6 @@
 import Datapath
 import FuzzEntry
+import TestSupport
 import Testing
 
 /// A super-frame by the hand that makes it: all that a cut needs is known here, so that the reference below parses
@@ -68,7 +69,7 @@ struct MadeSuperFrame {
       checksumStart: UInt16(transportOffset), checksumOffset: UInt16(checksumPlace - transportOffset))
   }
 
-  static func random(_ random: inout FramesRandom) -> MadeSuperFrame {
+  static func random(_ random: inout SeededRandom) -> MadeSuperFrame {
     let isIPv4 = Bool.random(using: &random)
     let isTCP = Bool.random(using: &random)
     let segmentsMax = isTCP ? SuperFrame.segmentsMaxTCP : SuperFrame.segmentsMaxUDP
@@ -159,7 +160,7 @@ struct FramesSegmentation {
 
   @Test("random super-frames of every kind are cut as the plain reference cuts them")
   func againstReference() throws {
-    var random = FramesRandom(seed: 40)
+    var random = SeededRandom(seed: 40)
     for _ in 0..<150 {
       let made = MadeSuperFrame.random(&random)
       let whole = try #require(made.whole)
@@ -173,7 +174,7 @@ struct FramesSegmentation {
 
   @Test("segments are frames with right checksums, whose payloads together are the whole's")
   func wholeAgain() throws {
-    var random = FramesRandom(seed: 41)
+    var random = SeededRandom(seed: 41)
     for _ in 0..<60 {
       let made = MadeSuperFrame.random(&random)
       let whole = try #require(made.whole)
@@ -226,7 +227,7 @@ struct FramesSegmentation {
 
   @Test("a copy of the headers is enough, and less is not")
   func headersAlone() throws {
-    var random = FramesRandom(seed: 42)
+    var random = SeededRandom(seed: 42)
     for _ in 0..<50 {
       let made = MadeSuperFrame.random(&random)
       let whole = try #require(made.whole)
@@ -278,7 +279,7 @@ struct FramesSegmentation {
 
   @Test("what the frame and the offload header do not agree on is refused")
   func disagreements() {
-    var random = FramesRandom(seed: 43)
+    var random = SeededRandom(seed: 43)
     let payload = random.bytes(3000)
     for isIPv4 in [false, true] {
       for isTCP in [false, true] {
@@ -320,7 +321,7 @@ struct FramesSegmentation {
 
   @Test("super-frames with random bytes in their headers keep every promise")
   func hostile() {
-    var random = FramesRandom(seed: 44)
+    var random = SeededRandom(seed: 44)
     for _ in 0..<150 {
       let made = MadeSuperFrame.random(&random)
       var input = [UInt8](repeating: 0, count: OffloadHeader.bytes)

@@ -1,3 +1,4 @@
+import TestSupport
 import Testing
 
 @testable import Datapath
@@ -287,7 +288,7 @@ private struct MACTableModel {
     for seed in 1...3 {
       let macsMax = 1 << 15
       let table = MACTable(macsMax: macsMax, seed: UInt64(seed))
-      var random = RoutingRandom(UInt64(seed))
+      var random = SeededRandom(seed: UInt64(seed))
       var missed = 0
       var macs: Set<UInt64> = []
       while macs.count < macsMax {
@@ -303,7 +304,7 @@ private struct MACTableModel {
 
   @Test(arguments: [1, 2, 3, 4] as [UInt64])
   func `The table does what a dictionary would, for 40,000 random operations`(seed: UInt64) throws {
-    var random = RoutingRandom(seed)
+    var random = SeededRandom(seed: seed)
     // So few MACs and so small a limit that moves, freezes, ageing and the limit all come often: 4 MACs that flap,
     // 16 that are heard often, 40 that are heard so seldom that they age.
     let kinds = [0..<4, 4..<20, 4..<20, 4..<20, 20..<60]

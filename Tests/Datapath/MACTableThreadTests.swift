@@ -1,5 +1,6 @@
 import Glibc
 import Synchronization
+import TestSupport
 import Testing
 
 @testable import Datapath
@@ -34,7 +35,7 @@ private func expectConverged(_ table: MACTable, now: UInt32) {
     let shared = Shared()
     let generation = table.reference.generation
     onThreads(4) { thread in
-      var random = RoutingRandom(seed * 100 + UInt64(thread))
+      var random = SeededRandom(seed: seed * 100 + UInt64(thread))
       let macs = table.reference
       for step in 0..<60_000 {
         let index = Int.random(in: 0..<macCount, using: &random)
@@ -143,7 +144,7 @@ private func expectConverged(_ table: MACTable, now: UInt32) {
       let home = InterfaceIndex(round % places)
       _ = table.reference.learn(mac, at: home, nowSeconds: 1)
       onThreads(3) { thread in
-        var random = RoutingRandom(UInt64(round * 3 + thread))
+        var random = SeededRandom(seed: UInt64(round * 3 + thread))
         for _ in 0..<12 {
           let place = InterfaceIndex(Int.random(in: 0..<places, using: &random))
           switch table.reference.learn(mac, at: place, nowSeconds: 1) {

@@ -1,3 +1,4 @@
+import TestSupport
 import Testing
 
 @testable import Datapath
@@ -23,7 +24,7 @@ private struct Ring: ~Copyable {
   private var three: Router
   /// What is on its way to a router's left or right link.
   private var queues: [[Frame]]
-  private var random: RoutingRandom
+  private var random: SeededRandom
   /// Frames that routers took from a link.
   private(set) var forwards = 0
   /// Frames that reached a guest, by router.
@@ -55,7 +56,7 @@ private struct Ring: ~Copyable {
     two = Router(snapshots[1].view)
     three = Router(snapshots[2].view)
     queues = [[Frame]](repeating: [], count: 6)
-    random = RoutingRandom(seed)
+    random = SeededRandom(seed: seed)
   }
 
   /// A guest's frame enters at a router's port.
@@ -186,7 +187,7 @@ private struct Ring: ~Copyable {
 
   /// Three guests broadcast, in a random order and into each other's storms, until every router holds each of them.
   private func freezeAll(_ ring: inout Ring, seed: UInt64, now: TurnClock) -> Bool {
-    var random = RoutingRandom(seed)
+    var random = SeededRandom(seed: seed)
     for _ in 0..<16 {
       for guest in (0..<3).shuffled(using: &random) {
         ring.enter(Ring.Frame(source: testMAC(guest + 1), destination: testBroadcast), at: guest, now: now)
@@ -235,7 +236,7 @@ private struct Ring: ~Copyable {
     for seed in 1...500 as ClosedRange<UInt64> {
       var ring = try Ring(seed: seed)
       let now = TurnClock(seconds: 1)
-      var random = RoutingRandom(seed)
+      var random = SeededRandom(seed: seed)
       for _ in 0..<16 {
         for guest in (0..<3).shuffled(using: &random) {
           ring.enter(Ring.Frame(source: testMAC(guest + 1), destination: testBroadcast), at: guest, now: now)

@@ -1,4 +1,5 @@
 import Synchronization
+import TestSupport
 import Testing
 
 @testable import Datapath
@@ -266,7 +267,7 @@ private func route(
   func `With the cache two workers decide as without it, for 30,000 random frames, moves, ageing and snapshots`(
     seed: UInt64
   ) throws {
-    var random = RoutingRandom(seed)
+    var random = SeededRandom(seed: seed)
     let cachedNetwork = try Network(seed: seed)
     let plainNetwork = try Network(seed: seed)
     var one = Router(cachedNetwork.snapshot.view)

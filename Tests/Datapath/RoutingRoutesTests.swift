@@ -1,3 +1,4 @@
+import TestSupport
 import Testing
 
 @testable import Datapath
@@ -297,7 +298,7 @@ private enum PlainReference {
   }
 
   /// A rule over few addresses and interfaces, so that rules meet; all scored combinations come up.
-  private static func randomRoute(_ random: inout RoutingRandom, interfaces: Int, addresses: Int) -> VNETRoute {
+  private static func randomRoute(_ random: inout SeededRandom, interfaces: Int, addresses: Int) -> VNETRoute {
     while true {
       func pattern() -> MACPattern {
         let address = mac(Int.random(in: 0..<addresses, using: &random))
@@ -322,7 +323,7 @@ private enum PlainReference {
   func `1,000 random rule sets decide as the rules read one after the other`(part: Int) throws {
     var outcomes: [String: Int] = [:]
     for number in 0..<250 {
-      var random = RoutingRandom(UInt64(part * 1_000 + number))
+      var random = SeededRandom(seed: UInt64(part * 1_000 + number))
       let interfaces = Int.random(in: 2...7, using: &random)
       let addresses = Int.random(in: 2...5, using: &random)
       let routes = (0..<Int.random(in: 1...24, using: &random)).map { _ in
@@ -356,7 +357,7 @@ private enum PlainReference {
 
   @Test(arguments: [10, 1_000, 10_000])
   func `A lookup reads no more of the table for 10,000 rules than for 10`(ruleCount: Int) throws {
-    var random = RoutingRandom(3)
+    var random = SeededRandom(seed: 3)
     // All patterns are there from any and from one interface, so that all 18 are looked up.
     var routes: [VNETRoute] = []
     while routes.count < ruleCount {

@@ -1,3 +1,4 @@
+import TestSupport
 import Testing
 
 @testable import Datapath
@@ -104,7 +105,7 @@ private func targets(_ view: SnapshotView, _ domain: Int, from ingress: Int) -> 
   }
 
   @Test func `A datagram finds its link and domain among 1,000 links and 8 domains, IPv4 and IPv6`() throws {
-    var random = RoutingRandom(5)
+    var random = SeededRandom(seed: 5)
     let domains = (0..<8).map { domain($0, vni: $0 == 0 ? 0 : UInt32.random(in: 1..<1 << 24, using: &random)) }
     var interfaces: [Snapshot.Interface] = []
     var expected: [UnderlayAddress: [UInt32: SnapshotView.Carrier]] = [:]
@@ -153,7 +154,7 @@ private func targets(_ view: SnapshotView, _ domain: Int, from ingress: Int) -> 
   }
 
   @Test func `Membership is exactly what was configured`() throws {
-    var random = RoutingRandom(6)
+    var random = SeededRandom(seed: 6)
     var interfaces: [Snapshot.Interface] = []
     var expected: Set<[Int]> = []
     for index in 0..<200 {

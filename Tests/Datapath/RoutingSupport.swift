@@ -2,19 +2,6 @@ import Glibc
 
 @testable import Datapath
 
-/// Numbers from a seed (SplitMix64), so that a failing run can be repeated.
-struct RoutingRandom: RandomNumberGenerator {
-  private var state: UInt64
-  init(_ seed: UInt64) { state = seed }
-  mutating func next() -> UInt64 {
-    state &+= 0x9E37_79B9_7F4A_7C15
-    var z = state
-    z = (z ^ z >> 30) &* 0xBF58_476D_1CE4_E5B9
-    z = (z ^ z >> 27) &* 0x94D0_49BB_1331_11EB
-    return z ^ z >> 31
-  }
-}
-
 /// A unicast MAC for a test: 02:00:00:00:00:00 and a number.
 func testMAC(_ number: Int) -> UInt64 { 0x02_00_00_00_00_00 + UInt64(number) }
 let testBroadcast: UInt64 = 0xFFFF_FFFF_FFFF

@@ -1,4 +1,5 @@
 import FuzzEntry
+import TestSupport
 import Testing
 
 @testable import Datapath
@@ -231,7 +232,7 @@ private func datagrams(_ count: Int) -> [[UInt8]] { (0..<count).map { datagram(f
 
   @Test func `Of more flows than are looked for each still keeps its order`() throws {
     var stage = try TrainStage()
-    var random = FramesRandom(seed: 77)
+    var random = SeededRandom(seed: 77)
     let flows = (0..<RouteStage.trainFramesMax).map { _ in UInt8.random(in: 0..<40, using: &random) }
     let runs = stage.send(flows.enumerated().map { datagram(frame(number: UInt8($0), flow: $1)) })
     #expect(runs.joined().sorted() == Array(flows.indices) && stage.drops == 0)
@@ -309,7 +310,7 @@ extension FramesCorpusReplay {
   @Test("every input of the train target keeps every promise, and so do trains with random bytes in them")
   func train() throws {
     try replay("train", atLeast: 30) { fuzzTrain($0) }
-    var random = FramesRandom(seed: 31)
+    var random = SeededRandom(seed: 31)
     for name in try FramesCorpus.names("train") {
       var input = try FramesCorpus.bytes("train", name)
       for _ in 0..<4 {

@@ -1,5 +1,6 @@
 import Datapath
 import Glibc
+import TestSupport
 import Testing
 
 extension EndToEnd {

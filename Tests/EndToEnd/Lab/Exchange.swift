@@ -1,20 +1,8 @@
 import Glibc
+import TestSupport
 
-/// Random bytes and sizes that a seed makes again.
-struct SeededRandom: RandomNumberGenerator {
-  private var state: UInt64
-
-  init(seed: UInt64) { state = seed }
-
-  /// SplitMix64.
-  mutating func next() -> UInt64 {
-    state &+= 0x9e37_79b9_7f4a_7c15
-    var value = state
-    value = (value ^ value >> 30) &* 0xbf58_476d_1ce4_e5b9
-    value = (value ^ value >> 27) &* 0x94d0_49bb_1331_11eb
-    return value ^ value >> 31
-  }
-
+/// Random bytes and sizes.
+extension SeededRandom {
   /// From 1 on; each power of two is as likely as the others.
   mutating func size(upTo most: Int) -> Int {
     let bits = Int.random(in: 0...(Int.bitWidth - most.leadingZeroBitCount), using: &self)
