@@ -400,7 +400,8 @@ struct TransmitStage: ~Copyable {
     var wasTrain = false
     if unsent > 0 {
       framesRefused = pool.messageFrames(Int(lanes[index].head))
-      wasTrain = framesRefused > 1 && Self.isRefusal(event.error) && refuseTrain(index, event.error, counters)
+      wasTrain = framesRefused > 1 && Self.isRefusal(event.error)
+      if wasTrain { refuseTrain(index, event.error, counters) }
       dissolve(index, unsent)
     }
     if event.error != 0 && !wasTrain {
@@ -424,20 +425,20 @@ struct TransmitStage: ~Copyable {
   }
 
   /// The datagrams of the train at the head of a lane go one by one, and for some time no train is made of any that are
-  /// as long. Always true.
-  private mutating func refuseTrain(_ index: Int, _ error: Int32, _ counters: borrowing CounterTable) -> Bool {
+  /// as long.
+  private mutating func refuseTrain(_ index: Int, _ error: Int32, _ counters: borrowing CounterTable) {
     let first = Int(lanes[index].head)
     let frames = pool.messageFrames(first)
     if error == EMSGSIZE, !pool[first].wasResent {
       // Perhaps of an earlier datagram that a router found too long, which a connected socket tells once.
       pool[first].wasResent = true
       counters.worker.add(.resends)
-      return true
+      return
     }
     counters.worker.add(.trainRefusals)
     if error == EINVAL, frames > Self.trainFramesMaxOfOldKernels {
       lanes[index].trainFramesMax = UInt32(Self.trainFramesMaxOfOldKernels)
-      return true
+      return
     }
     lanes[index].trainSegmentBytesMax = pool[first].bytes - 1
     lanes[index].refusedSecond = max(1, lastFlushSecond)
@@ -446,7 +447,6 @@ struct TransmitStage: ~Copyable {
       pool[operation].isAlone = true
       operation = pool.next(operation)
     }
-    return true
   }
 
   /// The messages at the front of a lane's queue, which were not sent, are operations again.
