@@ -159,10 +159,9 @@ public enum Doctor {
       ]
     }
     items.append(DoctorItem("TAP device", "can be made", .ok, cost: "no TAP port"))
-    let segmentation = UInt(TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6)
-    let hasTCP = clinux_tap_set_offloads(descriptor, segmentation) == 0
-    let datagrams = UInt(CLINUX_TUN_F_USO4 | CLINUX_TUN_F_USO6)
-    let hasUDP = clinux_tap_set_offloads(descriptor, segmentation | datagrams) == 0
+    let offloads = TapDevice.Offloads.agreed(on: descriptor)
+    let hasUDP = offloads == .tcpAndUDP
+    let hasTCP = hasUDP || offloads == .tcp
     items += [
       DoctorItem(
         "TAP TCP offloads", hasTCP ? "yes" : "no", hasTCP ? .ok : .absent,
@@ -242,9 +241,8 @@ public enum Doctor {
       DoctorItem("IPv4 underlay", four >= 0 ? "yes" : "no", four >= 0 ? .ok : .absent, cost: "no links over IPv4"),
       DoctorItem("IPv6 underlay", six >= 0 ? "yes" : "no", six >= 0 ? .ok : .absent, cost: "no links over IPv6"),
     ]
-    // UDP_SEGMENT and UDP_GRO of linux/udp.h.
-    let hasGSO = setOption(any, level: Int32(IPPROTO_UDP), name: 103, to: 1400)
-    let hasGRO = setOption(any, level: Int32(IPPROTO_UDP), name: 104, to: 1)
+    let hasGSO = UnderlaySocket.kernelCutsTrains()
+    let hasGRO = setOption(any, level: Int32(IPPROTO_UDP), name: CLINUX_UDP_GRO, to: 1)
     items += [
       DoctorItem(
         "UDP GSO", hasGSO ? "yes" : "no", hasGSO ? .ok : .absent,
@@ -276,11 +274,7 @@ public enum Doctor {
 
   // MARK: Memory and limits
 
-  private static let slotsByDefault: Int = {
-    let slots = Schema.tuningKeys.first { $0.key == "slots" }
-    guard case .value(.integer(let count)) = slots?.defaultValue else { preconditionFailure("slots has no default") }
-    return count
-  }()
+  private static let slotsByDefault = Wiring.Settings.slotsByDefault
 
   /// Huge pages that the frame memory of one worker takes by default.
   static func hugePagesWanted(pageBytes: Int) -> Int {

@@ -43,7 +43,7 @@ final class LayoutScene: Sendable {
   static let sources = 2
   static let source = 1
   /// As the service has them by default.
-  static let slots = WorkerThread.Plan(number: 0, cpu: 0).slots
+  static let slots = Wiring.Settings.slotsByDefault
   static let operations = WorkerThread.Plan.operationsMin
 
   let traffic: Traffic

@@ -328,9 +328,7 @@ public enum Schema {
       .tuning, "batch_wait_us", .integer(0...10_000), default: .value(.integer(0)),
       "Microseconds that a worker may wait for a fuller batch while it polls; 0: it never waits."),
     KeyDefinition(
-      // Few, so that they are warm: a pipeline's receiver would run ahead through all of them. In memory, super-frames
-      // to a link by way of two cores cost 120 ns with 256 and 310 with 1,024 (`tools/bench layouts`).
-      .tuning, "slots", .integer(16...65_535), default: .value(.integer(256)),
+      .tuning, "slots", .integer(16...65_535), default: .value(.integer(Wiring.Settings.slotsByDefault)),
       "Buffers of each worker, of 64 KiB of address space each. What `batch_frames` leaves of them may wait for "
         + "full sockets."
     ),

@@ -12,7 +12,10 @@
 public struct Wiring: ~Copyable {
   public struct Settings: Sendable {
     /// Slots of each receiver's arena.
-    public var slots = 256
+    public var slots = Self.slotsByDefault
+    /// Few, so that they are warm: a pipeline's receiver would run ahead through all of them. In memory, super-frames
+    /// to a link by way of two cores cost 120 ns a segment with 256 and 310 with 1,024 (`tools/bench layouts`).
+    public static let slotsByDefault = 256
     public var hugePages = true
     /// Descriptors that fit on a ring, at least ``ringFramesMin``; nil: as many as there are slots, or
     /// ``ringFramesByDefault``.

@@ -19,7 +19,7 @@ public final class WorkerThread: @unchecked Sendable {
     public var cpu: Int
     public var worker = WorkerSettings()
     public var ringEntries = 512
-    public var slots = 256
+    public var slots = Wiring.Settings.slotsByDefault
     /// Send operations of a worker at least: the segments of 64 slots of super-frames, and as many that wait.
     public static let operationsMin = 2 * TransmitStage.laneFramesMax
     public var without: UringFeatures = []

@@ -96,6 +96,13 @@ public struct TapDevice: Sendable {
       }
     }
 
+    /// What the kernel takes for a TAP device of which this is a queue, set from now on; none where it takes nothing.
+    public static func agreed(on queue: Int32) -> Offloads { (try? agree(isWanted: true, on: queue)) ?? .none }
+
+    static func agree(isWanted: Bool, on queue: Int32) throws(SystemError) -> Offloads {
+      try agree(isWanted: isWanted) { clinux_tap_set_offloads(queue, $0) == 0 ? 0 : errno }
+    }
+
     /// Asks for all, then for less and less where the kernel does not know what was asked for (EINVAL); for nothing at
     /// all where none are wanted.
     /// - Parameter set: 0 or an error number.
@@ -182,7 +189,7 @@ public struct TapDevice: Sendable {
     var agreed = Offloads.none
     if number == 0 {
       do throws(SystemError) {
-        agreed = try Offloads.agree(isWanted: offloads) { clinux_tap_set_offloads(descriptor, $0) == 0 ? 0 : errno }
+        agreed = try Offloads.agree(isWanted: offloads, on: descriptor)
       } catch {
         number = error.number
       }
