@@ -318,6 +318,17 @@ static inline socklen_t clinux_address6(struct sockaddr_storage *room, const voi
 // Brings the cache line of an address nearer; never faults.
 static inline void clinux_prefetch(const void *address) { __builtin_prefetch(address); }
 
+// Brings the line at an address near, to be written: no other cache has it then.
+static inline void clinux_prefetch_to_write(void *address) {
+#if defined(__x86_64__)
+  // The compiler's own makes a plain prefetch of it, unless told that the processor has this one. All of the last ten
+  // years have; on older ones it does nothing.
+  __asm__ volatile("prefetchw %0" : : "m"(*(char *)address));
+#else
+  __builtin_prefetch(address, 1);
+#endif
+}
+
 // Whether this processor has what clinux_sum_blocks uses.
 static inline bool clinux_can_sum_blocks(void) {
 #if defined(__x86_64__)

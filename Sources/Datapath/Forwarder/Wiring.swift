@@ -175,6 +175,10 @@ struct Outlet<Frame: Crosses>: ~Copyable {
   @inline(__always)
   mutating func hasRoom(for count: Int) -> Bool { ring.room(for: count) >= count }
 
+  /// Says that so many frames are about to be staged.
+  @inline(__always)
+  func prefetch(_ count: Int) { ring.prefetch(count) }
+
   /// Puts a frame on the ring, where there is room, with the name that its buffer has there; the neighbour sees it
   /// after `flush`.
   @inline(__always)
@@ -324,6 +328,7 @@ struct Inlet<Frame: Crosses>: ~Copyable {
     guard most > 0 else { return 0 }
     let ready = ring.ready(most + RouteStage.trainFramesMax)
     guard ready > 0 else { return 0 }
+    ring.prefetch(min(ready, most))
     var takenOver = CrossingCount(.takenOverFrames)
     var count = 0
     var following = 0
@@ -373,6 +378,7 @@ struct SlotInlets: ~Copyable {
     for index in 0..<rings.count {
       let count = rings[index].ready(rings[index].capacity)
       guard count > 0 else { continue }
+      rings[index].prefetch(count)
       for _ in 0..<count { memory.comeBack(Int(rings[index].read())) }
       rings[index].free()
     }

@@ -230,6 +230,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   private mutating func handOnReceived() {
     let neighbours = joints.toRouters.count
     var handedOn = CrossingCount(.handedOnFrames)
+    if neighbours == 1 { joints.toRouters[0].prefetch(received.count) }
     for place in 0..<received.count {
       let neighbour = neighbours == 1 ? 0 : Self.origin(of: received[place]) % neighbours
       guard joints.toRouters[neighbour].hasRoom(for: 1) else {
@@ -256,6 +257,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   private mutating func handOnRouted() {
     let neighbours = joints.toTransmitters.count
     var handedOn = CrossingCount(.handedOnFrames)
+    if neighbours == 1 { joints.toTransmitters[0].prefetch(routed.count) }
     var place = 0
     while place < routed.count {
       // The frames of one slot stay together: it has one holder.
