@@ -1,38 +1,46 @@
 // How frames cross from one worker to the next.
 //
-// A plain frame crosses in half a cache line, for what one core writes and another reads moves by lines. What does not
-// fit into that, floods and super-frames and trains, which are few or stand for many frames, crosses whole by a second
-// ring; in the first a mark keeps its place, so the order stays.
+// What one core writes and another reads moves by cache lines, so a plain frame crosses in a quarter of one, or in half
+// of one where more is to be told of it: two places of the ring, one behind the other. What does not fit into that,
+// floods and super-frames and trains, which are few or stand for many frames, crosses whole by a second ring; in the
+// first a mark keeps its place, so the order stays.
 
-/// A frame in the form in which it crosses a ring: whole words, so that neither side waits for a store that it reads
-/// back by another width.
+/// One place on a ring: a frame, or what more is to be told of the one before. Whole words, so that neither side waits
+/// for a store that it reads back by another width.
 struct Crossing: BitwiseCopyable {
-  /// From bit 0 on: slot 16, owner 16, length 32.
-  private var place: UInt64
-  /// Offset 16, ingress 16, domain 16, ToS 8, flags 8.
-  private var facts: UInt64
-  /// Of a received frame its sender; of a routed one what routing found.
+  /// Of a frame, from bit 0 on: slot 16, owner 16, length 32.
   let first: UInt64
+  /// Of a frame: offset 16, ingress 16, domain 16, ToS 8, flags 8.
   let second: UInt64
 
   private static var truncatedFlag: UInt64 { 1 << 56 }
   private static var vnetpFlag: UInt64 { 2 << 56 }
   /// The frame itself is the next on the ring beside.
   private static var besideFlag: UInt64 { 4 << 56 }
+  private static var goesOnFlag: UInt64 { 8 << 56 }
+
+  /// Places that a frame takes at most.
+  static var placesMax: Int { 2 }
 
   @inline(__always)
-  var isBeside: Bool { facts & Self.besideFlag != 0 }
+  var isBeside: Bool { second & Self.besideFlag != 0 }
+
+  /// Whether the next place is about the same frame.
+  @inline(__always)
+  var goesOn: Bool { second & Self.goesOnFlag != 0 }
+
+  /// The same, with another place behind it.
+  @inline(__always)
+  var goingOn: Crossing { Crossing(first, second | Self.goesOnFlag) }
 
   /// The mark of a frame that crosses whole.
   @inline(__always)
-  static var beside: Crossing { Crossing(place: 0, facts: besideFlag) }
+  static var beside: Crossing { Crossing(0, besideFlag) }
 
   @inline(__always)
-  private init(place: UInt64, facts: UInt64) {
-    self.place = place
-    self.facts = facts
-    first = 0
-    second = 0
+  fileprivate init(_ first: UInt64, _ second: UInt64) {
+    self.first = first
+    self.second = second
   }
 
   /// Whether a frame fits: a single one, in one piece, with nothing left to do.
@@ -44,11 +52,9 @@ struct Crossing: BitwiseCopyable {
 
   /// A frame that fits.
   @inline(__always)
-  fileprivate init(_ descriptor: Descriptor, _ buffer: BufferReference, _ first: UInt64, _ second: UInt64) {
-    self.first = first
-    self.second = second
-    place = UInt64(buffer.index) | UInt64(buffer.owner) << 16 | UInt64(descriptor.length) << 32
-    facts =
+  init(_ descriptor: Descriptor, _ buffer: BufferReference) {
+    first = UInt64(buffer.index) | UInt64(buffer.owner) << 16 | UInt64(descriptor.length) << 32
+    second =
       UInt64(descriptor.offset) | UInt64(descriptor.ingress.rawValue) << 16
       | UInt64(descriptor.domain.rawValue) << 32 | UInt64(descriptor.typeOfService) << 48
       | (descriptor.isTruncated ? Self.truncatedFlag : 0)
@@ -56,17 +62,17 @@ struct Crossing: BitwiseCopyable {
   }
 
   @inline(__always)
-  var buffer: BufferReference { BufferReference(owner: Int(place >> 16 & 0xFFFF), index: Int(place & 0xFFFF)) }
+  var buffer: BufferReference { BufferReference(owner: Int(first >> 16 & 0xFFFF), index: Int(first & 0xFFFF)) }
 
   @inline(__always)
   fileprivate func descriptor(_ buffer: BufferReference) -> Descriptor {
     var descriptor = Descriptor(
-      buffer: buffer, offset: Int(facts & 0xFFFF), length: Int(place >> 32),
-      ingress: InterfaceIndex(rawValue: UInt16(truncatingIfNeeded: facts >> 16)))
-    descriptor.domain = DomainIndex(rawValue: UInt16(truncatingIfNeeded: facts >> 32))
-    descriptor.typeOfService = UInt8(truncatingIfNeeded: facts >> 48)
-    descriptor.isTruncated = facts & Self.truncatedFlag != 0
-    if facts & Self.vnetpFlag != 0 { descriptor.encapsulation = .vnetp }
+      buffer: buffer, offset: Int(second & 0xFFFF), length: Int(first >> 32),
+      ingress: InterfaceIndex(rawValue: UInt16(truncatingIfNeeded: second >> 16)))
+    descriptor.domain = DomainIndex(rawValue: UInt16(truncatingIfNeeded: second >> 32))
+    descriptor.typeOfService = UInt8(truncatingIfNeeded: second >> 48)
+    descriptor.isTruncated = second & Self.truncatedFlag != 0
+    if second & Self.vnetpFlag != 0 { descriptor.encapsulation = .vnetp }
     return descriptor
   }
 }
@@ -74,14 +80,16 @@ struct Crossing: BitwiseCopyable {
 /// What crosses from worker to worker.
 protocol Crosses: BitwiseCopyable, Sendable {
   var descriptor: Descriptor { get set }
+  /// Places that one takes on the ring, more often than not.
+  static var placesUsual: Int { get }
   /// How many frames of one slot cross together, this the first of them; 0 for those that follow it.
   var crossesWith: UInt16 { get }
   /// Whether it crosses as a ``Crossing``, its buffer under the name that it has for the neighbour.
   func fits(_ buffer: BufferReference) -> Bool
-  /// One that fits.
-  func crossing(_ buffer: BufferReference) -> Crossing
+  /// What else the neighbour must know of one that fits; nil: nothing.
+  var addition: Crossing? { get }
   /// From a crossing, with the name that its buffer has here.
-  init(_ crossing: Crossing, _ buffer: BufferReference)
+  init(_ crossing: Crossing, _ addition: Crossing?, _ buffer: BufferReference)
 }
 
 extension Descriptor: Crosses {
@@ -91,41 +99,46 @@ extension Descriptor: Crosses {
     set { self = newValue }
   }
   var crossesWith: UInt16 { @inline(__always) get { 1 } }
+  static var placesUsual: Int { @inline(__always) get { 1 } }
 
   @inline(__always)
   func fits(_ buffer: BufferReference) -> Bool { Crossing.takes(self, buffer) }
 
+  /// Who sent a datagram; a frame from a port has nobody.
   @inline(__always)
-  func crossing(_ buffer: BufferReference) -> Crossing { Crossing(self, buffer, sender.high, sender.low) }
+  var addition: Crossing? { sender.high | sender.low == 0 ? nil : Crossing(sender.high, sender.low) }
 
   @inline(__always)
-  init(_ crossing: Crossing, _ buffer: BufferReference) {
+  init(_ crossing: Crossing, _ addition: Crossing?, _ buffer: BufferReference) {
     self = crossing.descriptor(buffer)
-    sender = UnderlayAddress(high: crossing.first, low: crossing.second)
+    if let addition { sender = UnderlayAddress(high: addition.first, low: addition.second) }
   }
 }
 
 extension RoutedFrame: Crosses {
+  static var placesUsual: Int { @inline(__always) get { 2 } }
+
   @inline(__always)
   func fits(_ buffer: BufferReference) -> Bool {
     if case .unicast = target { crossesWith == 1 && Crossing.takes(descriptor, buffer) } else { false }
   }
 
-  /// Of no use any more, and left behind: who sent the datagram.
+  /// What routing found. Who sent the datagram is of no use any more, and left behind.
   @inline(__always)
-  func crossing(_ buffer: BufferReference) -> Crossing {
+  var addition: Crossing? {
     guard case .unicast(let egress) = target else { preconditionFailure("a flood does not fit into a crossing") }
-    return Crossing(
-      descriptor, buffer, UInt64(descriptor.flowHash) | UInt64(vni) << 32, UInt64(egress.rawValue))
+    return Crossing(UInt64(descriptor.flowHash) | UInt64(vni) << 32, UInt64(egress.rawValue))
   }
 
   @inline(__always)
-  init(_ crossing: Crossing, _ buffer: BufferReference) {
+  init(_ crossing: Crossing, _ addition: Crossing?, _ buffer: BufferReference) {
+    guard let addition else { preconditionFailure("a routed frame crosses without its egress") }
     var descriptor = crossing.descriptor(buffer)
-    descriptor.flowHash = UInt32(truncatingIfNeeded: crossing.first)
+    descriptor.flowHash = UInt32(truncatingIfNeeded: addition.first)
     self.init(
-      descriptor: descriptor, target: .unicast(InterfaceIndex(rawValue: UInt16(truncatingIfNeeded: crossing.second))),
-      vni: UInt32(truncatingIfNeeded: crossing.first >> 32))
+      descriptor: descriptor,
+      target: .unicast(InterfaceIndex(rawValue: UInt16(truncatingIfNeeded: addition.second))),
+      vni: UInt32(truncatingIfNeeded: addition.first >> 32))
   }
 }
 

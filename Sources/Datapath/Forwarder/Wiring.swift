@@ -173,19 +173,25 @@ struct Outlet<Frame: Crosses>: ~Copyable {
 
   /// Whether so many more frames fit.
   @inline(__always)
-  mutating func hasRoom(for count: Int) -> Bool { ring.room(for: count) >= count }
+  mutating func hasRoom(for count: Int) -> Bool {
+    let places = count * Crossing.placesMax
+    return ring.room(for: places) >= places
+  }
 
   /// Says that so many frames are about to be staged.
   @inline(__always)
-  func prefetch(_ count: Int) { ring.prefetch(count) }
+  func prefetch(_ count: Int) { ring.prefetch(count * Frame.placesUsual) }
 
   /// Puts a frame on the ring, where there is room, with the name that its buffer has there; the neighbour sees it
   /// after `flush`.
   @inline(__always)
   mutating func stage(_ frame: borrowing Frame, _ buffer: BufferReference) {
     hasStaged = true
-    if frame.fits(buffer) { return ring.stage(frame.crossing(buffer)) }
-    stageBeside(frame, buffer)
+    guard frame.fits(buffer) else { return stageBeside(frame, buffer) }
+    let crossing = Crossing(frame.descriptor, buffer)
+    guard let addition = frame.addition else { return ring.stage(crossing) }
+    ring.stage(crossing.goingOn)
+    ring.stage(addition)
   }
 
   @inline(never)
@@ -213,8 +219,9 @@ struct FrameRing<Frame: Crosses> {
   let beside: SPSCRing<Frame>
 
   init(capacity: Int) {
-    crossings = SPSCRing(capacity: capacity)
-    beside = SPSCRing(capacity: capacity)
+    crossings = SPSCRing(capacity: capacity * Crossing.placesMax)
+    // As many places, for each mark takes one.
+    beside = SPSCRing(capacity: capacity * Crossing.placesMax)
   }
 }
 
@@ -311,7 +318,7 @@ struct Inlet<Frame: Crosses>: ~Copyable {
     beside = ring.beside.makeConsumer()
   }
 
-  var capacity: Int { ring.capacity }
+  var capacity: Int { ring.capacity / Crossing.placesMax }
 
   @inline(__always)
   mutating func isEmpty() -> Bool { ring.isEmpty() }
@@ -326,21 +333,25 @@ struct Inlet<Frame: Crosses>: ~Copyable {
     // Room for the whole of what crosses together with the last.
     let most = min(most, batch.room - RouteStage.trainFramesMax)
     guard most > 0 else { return 0 }
-    let ready = ring.ready(most + RouteStage.trainFramesMax)
+    // A batch is published as a whole, so all of a frame's places are there.
+    var ready = ring.ready((most + RouteStage.trainFramesMax) * Crossing.placesMax)
     guard ready > 0 else { return 0 }
-    ring.prefetch(min(ready, most))
+    ring.prefetch(min(ready, most * Crossing.placesMax))
     var takenOver = CrossingCount(.takenOverFrames)
     var count = 0
     var following = 0
-    while count < ready, count < most || following > 0 {
+    while ready > 0, count < most || following > 0 {
       let crossing = ring.read()
       count += 1
+      ready -= 1
       if crossing.isBeside {
         takeBeside(by: own, &memory, into: &batch)
         let together = Int(batch[batch.count - 1].crossesWith)
         following = together > 0 ? together - 1 : following - 1
       } else {
-        batch.append(Frame(crossing, memory.takeOver(crossing.buffer, by: own)))
+        let addition = crossing.goesOn ? ring.read() : nil
+        if addition != nil { ready -= 1 }
+        batch.append(Frame(crossing, addition, memory.takeOver(crossing.buffer, by: own)))
       }
       takenOver.count(batch[batch.count - 1].descriptor, counters)
     }
