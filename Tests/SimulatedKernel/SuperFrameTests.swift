@@ -112,8 +112,12 @@ struct Bench: ~Copyable {
       1, .datagramIPv4, interface: Self.link, descriptor: network.openSocket(here, connectedTo: there, port: 4789), &io)
   }
 
-  /// Puts a super-frame into a slot and hands it to the stage.
   mutating func transmit(_ made: MadeSuperFrame, to egress: InterfaceIndex, wireFrames: Int? = nil) {
+    transmit(made, to: .unicast(egress), wireFrames: wireFrames)
+  }
+
+  /// Puts a super-frame into a slot and hands it to the stage.
+  mutating func transmit(_ made: MadeSuperFrame, to target: RoutedFrame.Target, wireFrames: Int? = nil) {
     let slot = memory.post()!
     memory.received(slot)
     var descriptor = Descriptor(
@@ -125,7 +129,7 @@ struct Bench: ~Copyable {
     descriptor.wireFrames = UInt16(wireFrames ?? made.count)
     var head = memory.mutableHead(of: descriptor)
     for (place, byte) in made.bytes.enumerated() { head.storeBytes(of: byte, toByteOffset: place, as: UInt8.self) }
-    let frame = RoutedFrame(descriptor: descriptor, target: .unicast(egress), vni: Self.vni)
+    let frame = RoutedFrame(descriptor: descriptor, target: target, vni: Self.vni)
     stage.transmit(frame, canHoldBack: true, &memory, counters)
   }
 
@@ -420,6 +424,24 @@ struct Bench: ~Copyable {
     #expect(hosts[0].domains(.copies) == 8)
     for host in hosts { for audit in host.audits() { #expect(audit.holds, "\(audit)") } }
     #expect(network.violations.isEmpty)
+  }
+
+  @Test("a flooded super-frame leaves send operations for the frames behind it")
+  func floodLeavesOperations() throws {
+    let made = try MadeSuperFrame(payloadBytes: 1_200, segmentBytes: 100)
+    var bench = try Bench(operations: 40)
+    let links = FixedArray(repeating: Bench.link, count: 5)
+    let refused = 2 * made.count
+    bench.transmit(
+      made,
+      to: .flood(
+        TargetSet(members: links.reference, start: 0, count: 5, ingress: Bench.ingress, targetCount: 5)))
+    #expect(bench.stage.operationsInUse == 36, "the segments of three")
+    #expect(bench.blocks[2].value(.dropNoSendOperation) == UInt64(refused), "of two")
+    bench.transmit(made, to: Bench.port)
+    #expect(bench.stage.operationsInUse == 37)
+    #expect(bench.blocks[1].value(.dropNoSendOperation) == 0)
+    extendLifetime(links)
   }
 
   @Test("a super-frame in several pieces is not cut: a port gets it, a link does not, and it is counted")

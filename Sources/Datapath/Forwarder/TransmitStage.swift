@@ -20,6 +20,8 @@ struct TransmitStage: ~Copyable {
   private var dirty: FixedArray<UInt32>
   private var dirtyCount = 0
   private var lastFlushSecond: UInt32 = 0
+  /// Whether the frame at hand goes to several places.
+  private var isFlooding = false
   /// Of each lane that is opened.
   private let trainFramesMax: UInt32
 
@@ -80,9 +82,16 @@ struct TransmitStage: ~Copyable {
       let copies = targets.targetCount - 1
       memory.hold(frame.descriptor.buffer, adding: copies)
       counters[frame.descriptor.domain]?.add(.copies, copies * Int(frame.descriptor.wireFrames))
+      isFlooding = true
       for egress in targets { enqueue(frame.descriptor, frame.vni, egress, canHoldBack, &memory, counters) }
+      isFlooding = false
     }
   }
+
+  /// Whether a frame may take send operations: the last quarter is not for floods, or one super-frame to many links
+  /// would leave none for the frames behind it.
+  @inline(__always)
+  private var mayTakeOperations: Bool { !isFlooding || pool.usedCount <= pool.count - pool.count / 4 }
 
   @inline(__always)
   private mutating func enqueue(
@@ -233,6 +242,7 @@ struct TransmitStage: ~Copyable {
       } else {
         switch lanes[index].state {
         // A full socket may keep frames back only while receives have slots left.
+        case .open where !mayTakeOperations, .blocked where !mayTakeOperations: reason = .dropNoSendOperation
         case .blocked where !canHoldBack || !mayWait(index): reason = .dropQueueFull
         case .open, .blocked:
           if lanes[index].count < UInt32(Self.laneFramesMax) { return index }
