@@ -195,6 +195,8 @@ final class Capture {
     in namespace: Namespace, device: String, _ filter: String, direction: String? = nil, framesMax: Int? = nil
   ) throws {
     var arguments = ["tcpdump", "-i", device, "--immediate-mode", "-l", "-nvv"]
+    // Else it goes by ports, and takes a datagram from 49152 for another protocol's (BCM-LI).
+    if filter.contains("port 4789") { arguments += ["-T", "vxlan"] }
     if let direction { arguments += ["--direction", direction] }
     if let framesMax { arguments += ["-c", "\(framesMax)"] }
     process = try namespace.start(arguments + [filter])
