@@ -414,6 +414,26 @@ static inline long clinux_set_capabilities(const unsigned *words) {
   return syscall(SYS_capset, &header, data);
 }
 
+// ---- vhost-user: what glibc hides from Swift behind _GNU_SOURCE ----
+
+#include <linux/memfd.h>
+
+#define CLINUX_POLLRDHUP 0x2000     // asm-generic/poll.h
+#define CLINUX_F_ADD_SEALS 1033     // linux/fcntl.h, which fcntl.h shuts out
+#define CLINUX_F_SEALS_OF_LENGTH 7  // F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW
+
+// A memory file; `name` is only seen in /proc.
+static inline int clinux_make_memory_file(const char *name) {
+  return (int)syscall(SYS_memfd_create, name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+}
+// Nobody can change its length any more.
+static inline int clinux_seal_length(int descriptor) {
+  return fcntl(descriptor, CLINUX_F_ADD_SEALS, CLINUX_F_SEALS_OF_LENGTH);
+}
+static inline int clinux_accept(int descriptor) {
+  return (int)syscall(SYS_accept4, descriptor, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+}
+
 // ---- doctor: what the machine offers ----
 
 static inline int clinux_doctor_tun_features(int descriptor, unsigned int *features) {

@@ -68,7 +68,8 @@ public final class VhostUserMemory: Sendable {
         || overlap(one.userAddress, one.byteCount, other.userAddress, other.byteCount)
       {
         throw VhostUserRefusal(
-          "the regions at guest addresses \(hexadecimal(other.guestAddress)) and \(hexadecimal(one.guestAddress)) overlap")
+          "the regions at guest addresses \(hexadecimal(other.guestAddress)) and \(hexadecimal(one.guestAddress)) overlap"
+        )
       }
     }
   }
@@ -150,13 +151,11 @@ public final class VhostUserInflight: Sendable {
   static func makeFile(queues: Int, size: Int, _ kind: VhostUserQueueKind) throws(VhostUserRefusal) -> (
     descriptor: OwnedDescriptor, area: VhostUserMessage.AreaDescription
   ) {
-    let number = unsafe memfd_create("vnetr-inflight", UInt32(MFD_CLOEXEC) | UInt32(MFD_ALLOW_SEALING))
+    let number = unsafe clinux_make_memory_file("vnetr-inflight")
     guard number >= 0 else { throw VhostUserRefusal("no memory file could be made: \(SystemError.text(errno))") }
     let descriptor = OwnedDescriptor(number)
     let bytes = queues * queueBytes(size: size, kind)
-    guard ftruncate(number, bytes) == 0,
-      fcntl(number, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0
-    else {
+    guard ftruncate(number, bytes) == 0, clinux_seal_length(number) == 0 else {
       throw VhostUserRefusal("a memory file of \(bytes) bytes could not be made: \(SystemError.text(errno))")
     }
     return (descriptor, .init(byteCount: UInt64(bytes), fileOffset: 0))

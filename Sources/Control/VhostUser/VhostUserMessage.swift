@@ -300,7 +300,9 @@ public enum VhostUserMessage: Hashable, Sendable {
   }
 
   private static func memoryTable(_ reader: inout ByteReader) -> [RegionDescription]? {
-    guard let count = reader.next32(), reader.next32() != nil, count <= VhostUserHeader.descriptorsMax else { return nil }
+    guard let count = reader.next32(), reader.next32() != nil, count <= VhostUserHeader.descriptorsMax else {
+      return nil
+    }
     var regions: [RegionDescription] = []
     for _ in 0..<count {
       guard let region = region(&reader) else { return nil }

@@ -108,8 +108,9 @@ public struct VhostUserSession {
       let message = try VhostUserMessage(header, payload: payload)
       let expected = message.descriptorCounts
       guard expected.contains(descriptors.count) else {
-        throw VhostUserRefusal("\(message.request.name) with \(descriptors.count) descriptors instead of "
-          + (expected.count == 1 ? "\(expected.lowerBound)" : "\(expected.lowerBound) or \(expected.upperBound)"))
+        throw VhostUserRefusal(
+          "\(message.request.name) with \(descriptors.count) descriptors instead of "
+            + (expected.count == 1 ? "\(expected.lowerBound)" : "\(expected.lowerBound) or \(expected.upperBound)"))
       }
       switch try carryOut(message, header, descriptors, &outcome) {
       case .done: acknowledge(header, &outcome)

@@ -26,7 +26,7 @@ public final class VhostUserSocket {
   /// Of the connection, or of the one before until workers have left it.
   private var session: VhostUserSession?
   private var retryNanoseconds: UInt64 = 0
-  private var backOffNanoseconds = Self.backOffNanosecondsMin
+  private var backOffNanoseconds = VhostUserSocket.backOffNanosecondsMin
   private var isClosed = false
 
   /// A frontend that restarts is back soon; one that is not there costs a call every few seconds.
@@ -51,8 +51,8 @@ public final class VhostUserSocket {
     guard let session else { return listener.map { ($0.socket.number, Int16(POLLIN)) } }
     guard let number = socketNumber else { return nil }
     // As long as a reply is due, or cannot be sent, no more is read.
-    if wantsToSend { return (number, Int16(POLLOUT | POLLRDHUP)) }
-    return (number, session.isWaiting ? Int16(POLLRDHUP) : Int16(POLLIN | POLLRDHUP))
+    if wantsToSend { return (number, Int16(POLLOUT | CLINUX_POLLRDHUP)) }
+    return (number, session.isWaiting ? Int16(CLINUX_POLLRDHUP) : Int16(POLLIN | CLINUX_POLLRDHUP))
   }
 
   /// When to call ``ready(nowNanoseconds:)`` though nothing happened; nil: never.
@@ -205,7 +205,8 @@ private final class Listener {
       }
       guard unsafe unlink(path) == 0 || errno == ENOENT else {
         throw PortError(
-          doing: address.listening, number: errno, reason: "the socket that a dead process left cannot be removed: "
+          doing: address.listening, number: errno,
+          reason: "the socket that a dead process left cannot be removed: "
             + SystemError.text(errno), remedy: "remove \(path)")
       }
     }
@@ -244,8 +245,7 @@ private final class Listener {
   }
 
   func accept() -> OwnedDescriptor? {
-    let number = unsafe accept4(
-      socket.number, nil, nil, Int32(SOCK_CLOEXEC.rawValue | SOCK_NONBLOCK.rawValue))
+    let number = clinux_accept(socket.number)
     return number < 0 ? nil : OwnedDescriptor(number)
   }
 }

@@ -76,7 +76,7 @@ struct VhostUserStream: ~Copyable {
           unsafe message.msg_iovlen = 1
           unsafe message.msg_control = control.baseAddress
           unsafe message.msg_controllen = control.count
-          let count = unsafe recvmsg(socket, &message, Int32(MSG_DONTWAIT.rawValue | MSG_CMSG_CLOEXEC.rawValue))
+          let count = unsafe recvmsg(socket, &message, Int32(MSG_DONTWAIT) | Int32(MSG_CMSG_CLOEXEC))
           unsafe flags = message.msg_flags
           unsafe controlBytes = count < 0 ? 0 : Int(message.msg_controllen)
           return count
@@ -86,7 +86,7 @@ struct VhostUserStream: ~Copyable {
     let number = errno
     own(controlBytes)
     if count < 0 { return number == EAGAIN || number == EINTR ? .nothing : .closed }
-    guard flags & Int32(MSG_CTRUNC.rawValue) == 0 else {
+    guard flags & Int32(MSG_CTRUNC) == 0 else {
       return .broken(
         "descriptors of a message were lost; this process may have too many open: raise its limit of open files")
     }
@@ -108,7 +108,7 @@ struct VhostUserStream: ~Copyable {
       else {
         return
       }
-      if level == UInt32(SOL_SOCKET), type == UInt32(SCM_RIGHTS.rawValue) {
+      if level == UInt32(SOL_SOCKET), type == UInt32(SCM_RIGHTS) {
         for _ in 0..<(Int(length) - Self.controlHeaderBytes) / 4 {
           if let number = reader.next32() { descriptors.append(OwnedDescriptor(Int32(bitPattern: number))) }
         }
@@ -138,7 +138,7 @@ struct VhostUserStream: ~Copyable {
     // One descriptor's control message, padded to eight bytes.
     var control =
       UInt64(Self.controlHeaderBytes + 4).littleEndianBytes + UInt32(SOL_SOCKET).littleEndianBytes
-      + UInt32(SCM_RIGHTS.rawValue).littleEndianBytes + (descriptor?.number ?? -1).littleEndianBytes + [0, 0, 0, 0]
+      + UInt32(SCM_RIGHTS).littleEndianBytes + (descriptor?.number ?? -1).littleEndianBytes + [0, 0, 0, 0]
     let socket = socket.number
     return unsafe bytes.withUnsafeMutableBytes { bytes in
       unsafe control.withUnsafeMutableBytes { control in
@@ -151,7 +151,7 @@ struct VhostUserStream: ~Copyable {
             unsafe message.msg_control = control.baseAddress
             unsafe message.msg_controllen = control.count
           }
-          return unsafe sendmsg(socket, &message, Int32(MSG_DONTWAIT.rawValue | MSG_NOSIGNAL.rawValue))
+          return unsafe sendmsg(socket, &message, Int32(MSG_DONTWAIT) | Int32(MSG_NOSIGNAL))
         }
       }
     }
@@ -159,8 +159,8 @@ struct VhostUserStream: ~Copyable {
 
   /// Whether the other end closed it, though messages may still be there to read.
   var hasHungUp: Bool {
-    var watched = pollfd(fd: socket.number, events: Int16(POLLRDHUP), revents: 0)
+    var watched = pollfd(fd: socket.number, events: Int16(CLINUX_POLLRDHUP), revents: 0)
     guard unsafe poll(&watched, 1, 0) > 0 else { return false }
-    return watched.revents & Int16(POLLRDHUP | POLLHUP | POLLERR) != 0
+    return watched.revents & Int16(CLINUX_POLLRDHUP | POLLHUP | POLLERR) != 0
   }
 }
