@@ -309,7 +309,8 @@ private final class Backend {
       let error = #expect(throws: PortError.self) { try Backend(path: path) }
       #expect(
         error?.description
-          == "cannot listen on the vhost-user socket \(path): another process listens there; stop it or choose another path"
+          == "cannot listen on the vhost-user socket \(path): another process listens there; "
+          + "stop it or choose another path"
       )
       // The question did no harm.
       backend.run()

@@ -30,7 +30,8 @@ public final class SharedMapping: @unchecked Sendable {
     let (end, overflows) = area.fileOffset.addingReportingOverflow(area.byteCount)
     guard area.byteCount > 0, !overflows, end <= UInt64(max(0, status.st_size)) else {
       throw VhostUserRefusal(
-        "\(area.byteCount) bytes from \(hexadecimal(area.fileOffset)) are not within its file of \(status.st_size) bytes"
+        "\(area.byteCount) bytes from \(hexadecimal(area.fileOffset)) are not within its file, which has "
+          + "\(status.st_size)"
       )
     }
     // A file of huge pages is only mapped in whole ones; it tells their size as the best size of a read.

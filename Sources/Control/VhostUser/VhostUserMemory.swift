@@ -68,7 +68,8 @@ public final class VhostUserMemory: Sendable {
         || overlap(one.userAddress, one.byteCount, other.userAddress, other.byteCount)
       {
         throw VhostUserRefusal(
-          "the regions at guest addresses \(hexadecimal(other.guestAddress)) and \(hexadecimal(one.guestAddress)) overlap"
+          "the regions at guest addresses \(hexadecimal(other.guestAddress)) and "
+            + "\(hexadecimal(one.guestAddress)) overlap"
         )
       }
     }

@@ -11,7 +11,8 @@ public struct VhostUserRefusal: Error, CustomStringConvertible, Hashable, Sendab
 /// builds for are little-endian.
 public struct VhostUserHeader: Hashable, Sendable {
   public static let byteCount = 12
-  /// The longest payload that is read. The longest one known is GET_CONFIG's, of 268 bytes; what is longer is no message.
+  /// The longest payload that is read, in bytes. The longest one known is GET_CONFIG's, of 268: what is longer than
+  /// this is no message.
   public static let payloadBytesMax = 4_096
   /// Descriptors that one message may bring.
   public static let descriptorsMax = 8
