@@ -434,6 +434,34 @@ static inline int clinux_accept(int descriptor) {
   return (int)syscall(SYS_accept4, descriptor, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 }
 
+// ---- A memory file that is cut short while it is mapped: SIGBUS. All of these may be called by its handler. ----
+
+static inline int clinux_catch_bus_error(void (*handler)(int, siginfo_t *, void *), struct sigaction *before) {
+  struct sigaction action = {.sa_sigaction = handler, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART};
+  return sigaction(SIGBUS, &action, before);
+}
+static inline int clinux_restore_bus_error(const struct sigaction *before) { return sigaction(SIGBUS, before, NULL); }
+static inline void clinux_raise_bus_error(void) { raise(SIGBUS); }
+// Whether an access made it, not another process.
+static inline int clinux_is_fault(const siginfo_t *information) { return information->si_code > 0; }
+static inline void *clinux_fault_address(const siginfo_t *information) { return information->si_addr; }
+// Puts memory of zeroes, which takes none as long as nobody writes, in the place of a mapping; 0, or -1. It keeps
+// errno, as the next call does: what they interrupt may be about to look at it.
+static inline int clinux_map_zeroes(void *start, size_t bytes) {
+  int before = errno;
+  int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+  long mapped = syscall(SYS_mmap, start, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+  errno = before;
+  return mapped == (long)start ? 0 : -1;
+}
+static inline void clinux_add_to_event(int descriptor) {
+  int before = errno;
+  unsigned long long one = 1;
+  long written = syscall(SYS_write, descriptor, &one, sizeof one);
+  (void)written;  // An event that is full is readable as well.
+  errno = before;
+}
+
 // ---- doctor: what the machine offers ----
 
 static inline int clinux_doctor_tun_features(int descriptor, unsigned int *features) {

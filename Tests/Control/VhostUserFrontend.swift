@@ -55,7 +55,7 @@ struct SharedFile {
   static func socketCount(_ path: String) -> Int { lines(of: "/proc/net/unix", with: path) }
 
   private static func lines(of path: String, with text: String) -> Int {
-    let number = open(path, O_RDONLY)
+    let number = unsafe open(path, O_RDONLY)
     precondition(number >= 0)
     defer { close(number) }
     var bytes: [UInt8] = []
@@ -97,7 +97,7 @@ final class VhostUserFrontend {
   }
 
   static func accept(_ listener: OwnedDescriptor) -> VhostUserFrontend {
-    VhostUserFrontend(OwnedDescriptor(unsafe Glibc.accept(listener.number, nil, nil)))
+    VhostUserFrontend(OwnedDescriptor(Glibc.accept(listener.number, nil, nil)))
   }
 
   private static func withAddress(_ path: String, _ body: (UnsafePointer<sockaddr>, socklen_t) -> Int32) -> Int32 {
@@ -231,9 +231,9 @@ extension VhostUserEffect {
   }
 }
 
-/// A session with a service that does at once what it is told.
+/// A backend with a service that does at once what it is told.
 struct VhostUserConversation {
-  var session: VhostUserSession
+  var backend: VhostUserSession
   /// What the frontend was told, in order.
   var replies: [VhostUserReply] = []
   /// What came out, by name.
@@ -242,7 +242,7 @@ struct VhostUserConversation {
   /// Where a queue stands when it is stopped.
   var base = VhostUserQueueBase(availableIndex: 7)
 
-  init(_ settings: VhostUserSession.Settings = .init(queuePairsMax: 2)) { session = VhostUserSession(settings) }
+  init(_ settings: VhostUserSession.Settings = .init(queuePairsMax: 2)) { backend = VhostUserSession(settings) }
 
   /// Sends one message, and returns what followed from it.
   @discardableResult
@@ -257,18 +257,27 @@ struct VhostUserConversation {
     _ header: VhostUserHeader, _ payload: [UInt8], _ descriptors: [OwnedDescriptor] = []
   ) -> [String] {
     let before = effects.count
-    var open = [session.receive(header, payload: payload, descriptors: descriptors)]
+    var open = [backend.receive(header, payload: payload, descriptors: descriptors)]
     while !open.isEmpty {
       let outcome = open.removeFirst()
       replies += outcome.replies
       for effect in outcome.effects {
         effects.append(effect.name)
         if case .startQueue(let start) = effect { starts.append(start) }
-        if case .stopQueue(let queue) = effect { open.append(session.queueStopped(queue, base: base)) }
-        if let version = effect.version { open.append(session.adopted(version: version)) }
+        if case .stopQueue(let queue) = effect { open.append(backend.queueStopped(queue, base: base)) }
+        if let version = effect.version { open.append(backend.adopted(version: version)) }
       }
     }
     return Array(effects[before...])
+  }
+
+  /// The reason of a message that is refused; checks that the frontend is told where it asks.
+  mutating func refusal(_ message: VhostUserMessage, _ descriptors: [OwnedDescriptor] = []) -> String {
+    let before = replies.count
+    let effects = send(message, needsReply: true, descriptors)
+    guard effects.count == 1, effects[0].hasPrefix("refused ") else { return "not refused: \(effects)" }
+    guard replies.count == before + 1, lastNumber != 0 else { return "not told" }
+    return String(effects[0].dropFirst(8))
   }
 
   /// The number in the last reply.
@@ -283,7 +292,7 @@ struct VhostUserConversation {
     without: VhostUserFeatures = [.packedRing, .logAll], protocolFeatures: VhostUserProtocolFeatures = .served
   ) {
     send(.setProtocolFeatures(protocolFeatures.rawValue))
-    send(.setFeatures(session.settings.features.subtracting(without).rawValue))
+    send(.setFeatures(backend.settings.features.subtracting(without).rawValue))
   }
 
   mutating func lend(_ file: SharedFile) { send(.setMemoryTable([file.region()]), [file.received]) }

@@ -49,10 +49,12 @@ import Testing
     }
   }
 
-  @Test(arguments: [
-    (flags: UInt32(0), why: "protocol version 0"), (2, "protocol version 2"), (3, "protocol version 3"),
+  private static let wrongFlags: [(UInt32, String)] = [
+    (0, "protocol version 0"), (2, "protocol version 2"), (3, "protocol version 3"),
     (5, "a reply where a request is due"), (1 | 1 << 4, "bits without a meaning"), (1 | 1 << 31, "without a meaning"),
-  ])
+  ]
+
+  @Test(arguments: wrongFlags)
   func aHeaderOfAnotherProtocolIsRefused(_ flags: UInt32, _ why: String) {
     let bytes = UInt32(1).littleEndianBytes + flags.littleEndianBytes + UInt32(0).littleEndianBytes
     let error = #expect(throws: VhostUserRefusal.self) { try VhostUserHeader(bytes: bytes) }

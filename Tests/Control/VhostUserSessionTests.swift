@@ -100,7 +100,7 @@ import Testing
         "disable 0", "stop 0", "disable 1", "stop 1", "disable 2", "stop 2", "disable 3", "stop 3", "reset",
         "rarp 02:00:00:00:00:0a", "mtu 9000",
       ])
-    #expect(frontend.session.memory.regions.count == 2, "QEMU only says what changes")
+    #expect(frontend.backend.memory.regions.count == 2, "QEMU only says what changes")
   }
 
   /// drivers/net/virtio/virtio_user of DPDK 22.11.
@@ -175,38 +175,27 @@ import Testing
 
   // MARK: What is refused
 
-  /// The reason of a message that is refused; checks that the frontend is told where it asks.
-  private func refusal(
-    _ message: VhostUserMessage, _ descriptors: [OwnedDescriptor] = [], _ frontend: inout VhostUserConversation
-  ) -> String {
-    let before = frontend.replies.count
-    let effects = frontend.send(message, needsReply: true, descriptors)
-    guard effects.count == 1, effects[0].hasPrefix("refused ") else { return "not refused: \(effects)" }
-    guard frontend.replies.count == before + 1, frontend.lastNumber != 0 else { return "not told" }
-    return String(effects[0].dropFirst(8))
-  }
-
   @Test func whatWasNotOfferedCannotBeSet() {
     var settings = VhostUserSession.Settings()
     settings.features = [.version1, .protocolFeatures]
     settings.protocolFeatures = [.replyAcknowledge]
     var frontend = VhostUserConversation(settings)
     frontend.send(.setProtocolFeatures(1 << 3))
-    #expect(refusal(.setFeatures(1 << 34), &frontend) == "SET_FEATURES: 0x400000000 was not offered")
-    #expect(refusal(.setFeatures(1 << 17), &frontend) == "SET_FEATURES: 0x20000 was not offered")
-    #expect(refusal(.setProtocolFeatures(1 << 9), &frontend) == "SET_PROTOCOL_FEATURES: 0x200 was not offered")
+    #expect(frontend.refusal(.setFeatures(1 << 34)) == "SET_FEATURES: 0x400000000 was not offered")
+    #expect(frontend.refusal(.setFeatures(1 << 17)) == "SET_FEATURES: 0x20000 was not offered")
+    #expect(frontend.refusal(.setProtocolFeatures(1 << 9)) == "SET_PROTOCOL_FEATURES: 0x200 was not offered")
     for message in [VhostUserMessage.sendRARP(2), .setMTU(1500)] {
-      #expect(refusal(message, &frontend).hasSuffix("belongs to a feature that was not offered"))
+      #expect(frontend.refusal(message).hasSuffix("belongs to a feature that was not offered"))
     }
     for message in [VhostUserMessage.setStatus(1), .resetDevice] {
-      #expect(refusal(message, &frontend).hasSuffix("belongs to a feature that was not agreed on"))
+      #expect(frontend.refusal(message).hasSuffix("belongs to a feature that was not agreed on"))
     }
     // Those with an answer of their own are given an empty one.
     for message in [VhostUserMessage.getQueuePairsMax, .getMemorySlotsMax, .getStatus] {
       #expect(frontend.send(message).first?.hasPrefix("refused") == true)
       #expect(frontend.replies.last?.payload == [])
     }
-    #expect(frontend.session.features.isEmpty)
+    #expect(frontend.backend.features.isEmpty)
   }
 
   @Test func anUnknownRequestIsAnsweredWhereThatIsAskedFor() {
@@ -256,7 +245,7 @@ import Testing
     frontend.agree()
     frontend.lend(file)
     func table(_ regions: VhostUserMessage.RegionDescription...) -> String {
-      refusal(.setMemoryTable(regions), regions.map { _ in file.received }, &frontend)
+      frontend.refusal(.setMemoryTable(regions), regions.map { _ in file.received })
     }
     #expect(table(file.region(), file.region()).contains("overlap"))
     #expect(table(file.region(bytes: 0x2000), file.region(guest: 0x1000, user: 0)).contains("overlap"))
@@ -270,10 +259,10 @@ import Testing
     var ends: [Int32] = [0, 0]
     #expect(unsafe pipe(&ends) == 0)
     let pipes = ends.map(OwnedDescriptor.init)
-    #expect(refusal(.setMemoryTable([file.region()]), [pipes[0]], &frontend).contains("no memory file"))
-    let readOnly = OwnedDescriptor(open("/proc/self/fd/\(file.descriptor.number)", O_RDONLY | O_CLOEXEC))
-    #expect(refusal(.setMemoryTable([file.region()]), [readOnly], &frontend).contains("mapped for writing"))
-    #expect(frontend.session.memory.regions.count == 1)
+    #expect(frontend.refusal(.setMemoryTable([file.region()]), [pipes[0]]).contains("no memory file"))
+    let readOnly = OwnedDescriptor(unsafe open("/proc/self/fd/\(file.descriptor.number)", O_RDONLY | O_CLOEXEC))
+    #expect(frontend.refusal(.setMemoryTable([file.region()]), [readOnly]).contains("mapped for writing"))
+    #expect(frontend.backend.memory.regions.count == 1)
     #expect(SharedFile.mappedCount(name) == 1)
   }
 
@@ -283,17 +272,17 @@ import Testing
     frontend.agree()
     frontend.lend(file)
     frontend.start(0, file)
-    #expect(refusal(.setQueueSize(.init(queue: 0, number: 128)), &frontend).contains("stop it first"))
-    #expect(refusal(.setQueueBase(.init(queue: 0, number: 1)), &frontend).contains("stop it first"))
+    #expect(frontend.refusal(.setQueueSize(.init(queue: 0, number: 128))).contains("stop it first"))
+    #expect(frontend.refusal(.setQueueBase(.init(queue: 0, number: 1))).contains("stop it first"))
     var addresses = VhostUserConversation.addresses(0)
     addresses.used += 0x1000
-    #expect(refusal(.setQueueAddresses(addresses), &frontend).contains("stop it first"))
-    #expect(refusal(.setFeatures(0), &frontend).contains("cannot change while queues run"))
-    #expect(refusal(.setMemoryTable([]), &frontend).contains("queue 0 runs: no region has"))
-    #expect(refusal(.removeMemoryRegion(file.region()), &frontend).contains("queue 0 runs: no region has"))
+    #expect(frontend.refusal(.setQueueAddresses(addresses)).contains("stop it first"))
+    #expect(frontend.refusal(.setFeatures(0)).contains("cannot change while queues run"))
+    #expect(frontend.refusal(.setMemoryTable([])).contains("queue 0 runs: no region has"))
+    #expect(frontend.refusal(.removeMemoryRegion(file.region())).contains("queue 0 runs: no region has"))
     let inflight = VhostUserMessage.InflightDescription(
       area: .init(byteCount: 0, fileOffset: 0), queues: 2, size: 256)
-    #expect(refusal(.getInflight(inflight), &frontend).contains("cannot change while queues run"))
+    #expect(frontend.refusal(.getInflight(inflight)).contains("cannot change while queues run"))
     // What may change: descriptors, and being enabled.
     #expect(frontend.send(.setQueueKick(.init(queue: 0)), [file.received]) == ["kick 0"])
     #expect(frontend.send(.setQueueCall(.init(queue: 0, hasDescriptor: false))) == ["call 0"])
@@ -310,20 +299,20 @@ import Testing
       VhostUserMessage.setQueueSize(.init(queue: 2, number: 256)), .setQueueBase(.init(queue: .max)),
       .setQueueAddresses(VhostUserConversation.addresses(2)), .setQueueEnabled(.init(queue: 2, number: 1)),
     ] {
-      #expect(refusal(message, &frontend).contains("is not one of the 2"))
+      #expect(frontend.refusal(message).contains("is not one of the 2"))
     }
     for message in [VhostUserMessage.setQueueKick(.init(queue: 2)), .setQueueCall(.init(queue: 255))] {
-      #expect(refusal(message, [file.received], &frontend).contains("is not one of the 2"))
+      #expect(frontend.refusal(message, [file.received]).contains("is not one of the 2"))
     }
     #expect(frontend.send(.getQueueBase(.init(queue: 2))).first?.contains("is not one of the 2") == true)
     #expect(frontend.replies.last?.payload == [])
-    #expect(refusal(.setQueueEnabled(.init(queue: 0, number: 2)), &frontend).contains("neither 0 nor 1"))
-    #expect(refusal(.setQueueCall(.init(rawValue: 1 << 9)), [file.received], &frontend).contains("without a meaning"))
+    #expect(frontend.refusal(.setQueueEnabled(.init(queue: 0, number: 2))).contains("neither 0 nor 1"))
+    #expect(frontend.refusal(.setQueueCall(.init(rawValue: 1 << 9)), [file.received]).contains("without a meaning"))
 
-    func kick() -> String { refusal(.setQueueKick(.init(queue: 0)), [file.received], &frontend) }
+    func kick() -> String { frontend.refusal(.setQueueKick(.init(queue: 0)), [file.received]) }
     #expect(kick().contains("size is to be set first"))
-    #expect(refusal(.setQueueSize(.init(queue: 0, number: 0)), &frontend).contains("has 1 to 32768"))
-    #expect(refusal(.setQueueSize(.init(queue: 0, number: 32_769)), &frontend).contains("has 1 to 32768"))
+    #expect(frontend.refusal(.setQueueSize(.init(queue: 0, number: 0))).contains("has 1 to 32768"))
+    #expect(frontend.refusal(.setQueueSize(.init(queue: 0, number: 32_769))).contains("has 1 to 32768"))
     frontend.send(.setQueueSize(.init(queue: 0, number: 256)))
     #expect(kick().contains("addresses are to be set first"))
     frontend.send(.setQueueAddresses(VhostUserConversation.addresses(0)))
@@ -331,12 +320,12 @@ import Testing
     frontend.lend(file)
     var addresses = VhostUserConversation.addresses(0)
     addresses.used = 0x7f00_0000_0000 + UInt64(file.byteCount) - 6 - 8 * 256 + 4
-    #expect(refusal(.setQueueAddresses(addresses), &frontend).contains("no region has the 2054 bytes of its used ring"))
+    #expect(frontend.refusal(.setQueueAddresses(addresses)).contains("no region has the 2054 bytes of its used ring"))
     addresses = VhostUserConversation.addresses(0)
     addresses.descriptors += 8
-    #expect(refusal(.setQueueAddresses(addresses), &frontend).contains("not aligned to 16 bytes"))
+    #expect(frontend.refusal(.setQueueAddresses(addresses)).contains("not aligned to 16 bytes"))
     addresses = VhostUserConversation.addresses(0, flags: 2)
-    #expect(refusal(.setQueueAddresses(addresses), &frontend).contains("without a meaning"))
+    #expect(frontend.refusal(.setQueueAddresses(addresses)).contains("without a meaning"))
     frontend.send(.setQueueSize(.init(queue: 0, number: 255)))
     #expect(kick().contains("no power of two"))
     frontend.send(.setQueueSize(.init(queue: 0, number: 256)))
@@ -349,9 +338,9 @@ import Testing
   @Test func aNumberWithoutSenseIsRefused() {
     var frontend = VhostUserConversation(.init(mtuBytesMax: 9_000))
     frontend.agree()
-    for bytes in [0, 67, 9_001, .max] as [UInt64] { #expect(refusal(.setMTU(bytes), &frontend).contains("not within")) }
-    for address in [0, 1] as [UInt64] { #expect(refusal(.sendRARP(address), &frontend).contains("no guest's address")) }
-    #expect(refusal(.setStatus(256), &frontend).contains("more than the eight bits"))
+    for bytes in [0, 67, 9_001, .max] as [UInt64] { #expect(frontend.refusal(.setMTU(bytes)).contains("not within")) }
+    for address in [0, 1] as [UInt64] { #expect(frontend.refusal(.sendRARP(address)).contains("no guest's address")) }
+    #expect(frontend.refusal(.setStatus(256)).contains("more than the eight bits"))
   }
 
   // MARK: What has to wait
@@ -363,15 +352,15 @@ import Testing
     frontend.lend(file)
     frontend.start(0, file)
     let message = VhostUserMessage.getQueueBase(.init(queue: 0))
-    let asked = frontend.session.receive(message.header(), payload: message.payload, descriptors: [])
+    let asked = frontend.backend.receive(message.header(), payload: message.payload, descriptors: [])
     #expect(asked.effects.map(\.name) == ["stop 0"])
-    #expect(asked.replies.isEmpty && frontend.session.isWaiting)
-    #expect(frontend.session.queueStopped(1, base: .init(availableIndex: 1)).replies.isEmpty)
-    #expect(frontend.session.queueStopped(9, base: .init(availableIndex: 1)).replies.isEmpty)
-    #expect(frontend.session.isWaiting)
-    let answered = frontend.session.queueStopped(0, base: .init(availableIndex: 99))
+    #expect(asked.replies.isEmpty && frontend.backend.isWaiting)
+    #expect(frontend.backend.queueStopped(1, base: .init(availableIndex: 1)).replies.isEmpty)
+    #expect(frontend.backend.queueStopped(9, base: .init(availableIndex: 1)).replies.isEmpty)
+    #expect(frontend.backend.isWaiting)
+    let answered = frontend.backend.queueStopped(0, base: .init(availableIndex: 99))
     #expect(answered.replies.map(\.payload) == [UInt32(0).littleEndianBytes + UInt32(99).littleEndianBytes])
-    #expect(!frontend.session.isWaiting)
+    #expect(!frontend.backend.isWaiting)
     // It goes on from there.
     #expect(frontend.send(.setQueueKick(.init(queue: 0)), [file.received]) == ["start 0"])
     #expect(frontend.starts.last?.base.availableIndex == 99)
@@ -387,7 +376,7 @@ import Testing
     frontend.starts = []
     let message = VhostUserMessage.setMemoryTable([new.region(guest: 1 << 30, user: 0x7f00_0000_0000 - (1 << 30))])
     let version: UInt64? = {
-      let outcome = frontend.session.receive(
+      let outcome = frontend.backend.receive(
         message.header(needsReply: true), payload: message.payload, descriptors: [new.received])
       #expect(outcome.replies.isEmpty)
       guard case .memoryChanged(_, let rings, let version) = outcome.effects.first else { return nil }
@@ -396,9 +385,9 @@ import Testing
     }()
     #expect(SharedFile.mappedCount("vhost-user-old") == 1)
     #expect(SharedFile.mappedCount("vhost-user-new") == 1)
-    #expect(frontend.session.adopted(version: (version ?? 1) - 1).replies.isEmpty)
-    #expect(frontend.session.isWaiting)
-    #expect(frontend.session.adopted(version: version ?? 0).replies.count == 1)
+    #expect(frontend.backend.adopted(version: (version ?? 1) - 1).replies.isEmpty)
+    #expect(frontend.backend.isWaiting)
+    #expect(frontend.backend.adopted(version: version ?? 0).replies.count == 1)
     #expect(SharedFile.mappedCount("vhost-user-old") == 0)
     #expect(SharedFile.openCount("vhost-user-new") == 1, "a mapping needs no descriptor")
   }
@@ -417,10 +406,10 @@ import Testing
     frontend.start(0, file)
     frontend.starts = []
     let message = VhostUserMessage.setQueueCall(.init(queue: 0, hasDescriptor: false))
-    let version = frontend.session.receive(message.header(), payload: message.payload, descriptors: [])
+    let version = frontend.backend.receive(message.header(), payload: message.payload, descriptors: [])
       .effects.first?.version
     #expect(SharedFile.openCount(name) == 2)
-    _ = frontend.session.adopted(version: version ?? 0)
+    _ = frontend.backend.adopted(version: version ?? 0)
     #expect(SharedFile.openCount(name) == 1)
   }
 
@@ -432,14 +421,14 @@ import Testing
     frontend.lend(file)
     frontend.start(0, file)
     frontend.start(3, file)
-    let asked = frontend.session.receive(message.header(needsReply: true), payload: message.payload, descriptors: [])
+    let asked = frontend.backend.receive(message.header(needsReply: true), payload: message.payload, descriptors: [])
     #expect(asked.effects.map(\.name) == ["stop 0", "stop 3"] && asked.replies.isEmpty)
-    #expect(frontend.session.queueStopped(3, base: .init(availableIndex: 1)).replies.isEmpty)
-    let answered = frontend.session.queueStopped(0, base: .init(availableIndex: 1))
+    #expect(frontend.backend.queueStopped(3, base: .init(availableIndex: 1)).replies.isEmpty)
+    let answered = frontend.backend.queueStopped(0, base: .init(availableIndex: 1))
     #expect(answered.effects.map(\.name) == ["reset"] && answered.replies.count == 1)
-    #expect(frontend.session.features.isEmpty && frontend.session.memory.regions.count == 1)
-    #expect(frontend.session.protocolFeatures == .served)
-    #expect(refusal(.setQueueKick(.init(queue: 0)), [file.received], &frontend).contains("size is to be set"))
+    #expect(frontend.backend.features.isEmpty && frontend.backend.memory.regions.count == 1)
+    #expect(frontend.backend.protocolFeatures == .served)
+    #expect(frontend.refusal(.setQueueKick(.init(queue: 0)), [file.received]).contains("size is to be set"))
     frontend.agree()
     #expect(frontend.start(0, file) == ["start 0"])
   }
@@ -456,14 +445,14 @@ import Testing
     }
     frontend.starts = []
     let message = VhostUserMessage.getQueueBase(.init(queue: 2))
-    _ = frontend.session.receive(message.header(), payload: message.payload, descriptors: [])
-    #expect(frontend.session.end().effects.map(\.name) == ["stop 0", "stop 1", "stop 3"])
-    #expect(frontend.session.end().effects.isEmpty)
+    _ = frontend.backend.receive(message.header(), payload: message.payload, descriptors: [])
+    #expect(frontend.backend.end().effects.map(\.name) == ["stop 0", "stop 1", "stop 3"])
+    #expect(frontend.backend.end().effects.isEmpty)
     for queue in 0..<4 {
-      #expect(!frontend.session.hasEnded)
-      #expect(frontend.session.queueStopped(queue, base: .init(availableIndex: 0)).replies.isEmpty)
+      #expect(!frontend.backend.hasEnded)
+      #expect(frontend.backend.queueStopped(queue, base: .init(availableIndex: 0)).replies.isEmpty)
     }
-    #expect(frontend.session.hasEnded)
+    #expect(frontend.backend.hasEnded)
     frontend = VhostUserConversation()
     #expect(SharedFile.openCount(name) == 1)
     #expect(SharedFile.mappedCount(name) == 0)
@@ -494,7 +483,7 @@ import Testing
     next.agree(without: kind == .packed ? [] : .packedRing)
     made.area.byteCount -= 1
     #expect(
-      refusal(.setInflight(made), [OwnedDescriptor(dup(descriptor.number))], &next).contains("2 queues need"))
+      next.refusal(.setInflight(made), [OwnedDescriptor(dup(descriptor.number))]).contains("2 queues need"))
     made.area.byteCount += 1
     #expect(next.send(.setInflight(made), [OwnedDescriptor(dup(descriptor.number))]) == [])
     next.lend(file)
@@ -502,7 +491,7 @@ import Testing
     #expect(next.starts.first?.inflight?.part == queueBytes..<2 * queueBytes)
     next.prepare(0, size: 512)
     #expect(
-      refusal(.setQueueKick(.init(queue: 0)), [file.received], &next).contains("too small for its 512 places"))
+      next.refusal(.setQueueKick(.init(queue: 0)), [file.received]).contains("too small for its 512 places"))
     for (queues, size) in [(0, 256), (3, 256), (2, 0), (2, 32_769)] as [(UInt16, UInt16)] {
       let wrong = VhostUserMessage.InflightDescription(
         area: made.area, queues: queues, size: size)
@@ -550,7 +539,7 @@ import Testing
         frontend.starts = []
         frontend.replies = []
       }
-      #expect(!frontend.session.isWaiting)
+      #expect(!frontend.backend.isWaiting)
     }
     #expect(starts > 20, "the messages make sense often enough to get somewhere")
     #expect(SharedFile.openCount(name) == 1)

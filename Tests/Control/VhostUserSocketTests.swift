@@ -128,7 +128,7 @@ private final class Backend {
 
   @Test func messagesInPiecesOfOneByteAreReadAsWholeOnes() throws {
     let (frontend, end) = VhostUserFrontend.pair()
-    var stream = VhostUserStream(end)
+    let stream = VhostUserStream(end)
     let file = SharedFile("vhost-user-pieces")
     for message in VhostUserMessage.oneOfEach {
       let bytes = message.bytes(needsReply: true)
@@ -154,7 +154,7 @@ private final class Backend {
     let count = message.descriptorCounts.lowerBound
     for length in 0..<bytes.count {
       let (frontend, end) = VhostUserFrontend.pair()
-      var stream = VhostUserStream(end)
+      let stream = VhostUserStream(end)
       if length > 0 { frontend.send(Array(bytes.prefix(length)), (0..<count).map { _ in file.descriptor }) }
       guard case .nothing = stream.next() else {
         Issue.record("\(length) bytes are a message")
@@ -206,7 +206,7 @@ private final class Backend {
     let (frontend, end) = VhostUserFrontend.pair()
     let name = "vhost-user-pile"
     let file = SharedFile(name)
-    var stream = VhostUserStream(end)
+    let stream = VhostUserStream(end)
     let bytes = VhostUserMessage.setQueueKick(.init(queue: 0)).bytes()
     for byte in bytes.dropLast() {
       frontend.send([byte], [file.descriptor])
@@ -332,7 +332,7 @@ private final class Backend {
 
   @Test func whatIsNoSocketIsLeftAlone() throws {
     let path = path("file")
-    close(open(path, O_CREAT | O_WRONLY, 0o600))
+    unsafe close(open(path, O_CREAT | O_WRONLY, 0o600))
     defer { unsafe unlink(path) }
     let error = #expect(throws: PortError.self) { try Backend(path: path) }
     #expect(
@@ -408,7 +408,7 @@ private final class Backend {
     let received = OwnedDescriptor(
       control[16..<20].reversed().reduce(Int32(0)) { $0 << 8 | Int32($1) })
     var found = stat()
-    #expect(fstat(received.number, &found) == 0)
+    #expect(unsafe fstat(received.number, &found) == 0)
     #expect(found.st_size == 4 * (16 + 256 * 16 + 48))
     #expect(ftruncate(received.number, 0) != 0, "the memory that both write cannot be cut")
   }

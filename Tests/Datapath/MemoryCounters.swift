@@ -1,5 +1,6 @@
 import Datapath
 import Glibc
+import TestSupport
 import Testing
 
 @Suite struct MemoryCountersTests {

@@ -3,7 +3,7 @@ import Glibc
 
 /// A descriptor with an owner that closes it: once, when the last reference to it is gone.
 ///
-/// Shared, because an event descriptor belongs to the session that got it and is lent to a worker, in no fixed order
+/// Shared, because an event descriptor belongs to the backend that got it and is lent to a worker, in no fixed order
 /// of who lets go last. Control only: a worker sees the number.
 public final class OwnedDescriptor: Sendable {
   /// Valid as long as this lives.

@@ -4,7 +4,7 @@ import Glibc
 
 /// A part of a file that another process shares with us, mapped for reading and writing until the last reference to it
 /// is gone. The other process may change its bytes at any time, and may cut the file: an access behind its new end
-/// ends in SIGBUS.
+/// finds zeroes in all of the mapping from then on (``MappingFaults``).
 @safe
 public final class SharedMapping: @unchecked Sendable {
   /// The first wanted byte.
@@ -13,6 +13,15 @@ public final class SharedMapping: @unchecked Sendable {
   public let byteCount: Int
   private let mapped: UnsafeMutableRawPointer
   private let mappedBytes: Int
+  private let place: Int
+
+  /// Whether the file was cut, or had no page for a byte, and somebody noticed by an access: nothing here is the other
+  /// process's any more.
+  public var isCut: Bool { MappingFaults.isCut(place) }
+
+  /// What to say when it is.
+  static let cutText =
+    "its file was cut short, or had no page left, while it was shared; the frontend must keep its files as they are"
 
   /// The largest page that a mapping is aligned to, in bytes: the largest huge page of the machines this builds for.
   private static let pageBytesMax = 1 << 30
@@ -47,13 +56,22 @@ public final class SharedMapping: @unchecked Sendable {
     }
     // A core dump is for our own memory, not for a guest's.
     _ = unsafe madvise(mapped, wanted, MADV_DONTDUMP)
+    do throws(SystemError) {
+      place = try unsafe MappingFaults.register(start: mapped, byteCount: wanted)
+    } catch {
+      unsafe munmap(mapped, wanted)
+      throw VhostUserRefusal("\(error)")
+    }
     unsafe self.mapped = unsafe mapped
     mappedBytes = wanted
     unsafe base = unsafe mapped + (offset - start)
     byteCount = Int(area.byteCount)
   }
 
-  deinit { unsafe munmap(mapped, mappedBytes) }
+  deinit {
+    MappingFaults.forget(place)
+    unsafe munmap(mapped, mappedBytes)
+  }
 
   private static func pageBytes(preferred: Int) -> Int {
     preferred > 0 && preferred <= pageBytesMax && preferred & (preferred - 1) == 0 ? preferred : 1

@@ -22,6 +22,8 @@ public final class VhostUserMemory: Sendable {
 
     public var byteCount: UInt64 { UInt64(mapping.byteCount) }
 
+    var name: String { VhostUserMemory.name(guestAddress: guestAddress) }
+
     /// Whether it is the one that a REM_MEM_REG names.
     func isNamed(by description: VhostUserMessage.RegionDescription) -> Bool {
       guestAddress == description.guestAddress && userAddress == description.userAddress
@@ -34,11 +36,15 @@ public final class VhostUserMemory: Sendable {
 
   init(_ regions: [Region] = []) { self.regions = regions.sorted { $0.guestAddress < $1.guestAddress } }
 
+  private static func name(guestAddress: UInt64) -> String {
+    "the region at guest address \(hexadecimal(guestAddress))"
+  }
+
   /// Maps a region.
   static func map(
     _ description: VhostUserMessage.RegionDescription, _ descriptor: OwnedDescriptor
   ) throws(VhostUserRefusal) -> Region {
-    let name = "the region at guest address \(hexadecimal(description.guestAddress))"
+    let name = name(guestAddress: description.guestAddress)
     let bases = [description.guestAddress, description.userAddress]
     guard bases.allSatisfy({ !$0.addingReportingOverflow(description.byteCount).overflow }) else {
       throw VhostUserRefusal("\(name) goes beyond the last address")

@@ -87,11 +87,28 @@ public struct VhostUserSession {
     return if case .nothing = waiting { false } else { true }
   }
 
-  /// Whether the connection is over and no worker has anything of it: the session may go.
+  /// Whether the connection is over and no worker has anything of it: the backend may go.
   public var hasEnded: Bool { isEnding && queues.allSatisfy(\.isStopped) }
 
   /// The queues that workers serve or are leaving.
   public var queuesInUse: [Int] { queues.indices.filter { !queues[$0].isStopped } }
+
+  /// Why memory that the frontend shared, and that workers may still use, is the frontend's no more; nil: it is. To be
+  /// asked when ``MappingFaults/event()`` is readable; what follows is ``end()``, after ``signalErrors()``.
+  public var memoryFault: String? {
+    let tables = [memory] + retired.compactMap { $0.what as? VhostUserMemory }
+    if let region = tables.flatMap(\.regions).first(where: \.mapping.isCut) {
+      return "\(region.name): \(SharedMapping.cutText)"
+    }
+    let logs = [log] + retired.map { $0.what as? VhostUserLog }
+    if logs.contains(where: { $0?.mapping.isCut == true }) { return "the log: \(SharedMapping.cutText)" }
+    return inflight?.mapping.isCut == true ? "the in-flight memory: \(SharedMapping.cutText)" : nil
+  }
+
+  /// Tells the frontend that the queues that run are not served any more.
+  public func signalErrors() {
+    for queue in queues where !queue.isStopped { queue.error?.signal() }
+  }
 
   // MARK: What comes in
 
@@ -159,7 +176,7 @@ public struct VhostUserSession {
     return outcome
   }
 
-  /// The connection is over: nobody waits for replies any more. The session stays until ``hasEnded``.
+  /// The connection is over: nobody waits for replies any more. The backend stays until ``hasEnded``.
   public mutating func end() -> Outcome {
     var outcome = Outcome()
     guard !isEnding else { return outcome }

@@ -6,7 +6,8 @@ import Glibc
 /// and finds the next one when it is gone. One frontend at a time; others wait in the listening socket's queue.
 ///
 /// For a loop around poll(2): watch ``watch`` and ``retryAtNanoseconds``, call ``ready(nowNanoseconds:)`` when there is
-/// something, and do what comes back, in order. Nothing here blocks. One thread.
+/// something or ``MappingFaults/event()`` is readable, and do what comes back, in order. Nothing here blocks. One
+/// thread.
 public final class VhostUserSocket {
   public enum Role: String, Sendable {
     /// Listens on the path, and makes it.
@@ -24,7 +25,7 @@ public final class VhostUserSocket {
   private let listener: Listener?
   private var stream: VhostUserStream?
   /// Of the connection, or of the one before until workers have left it.
-  private var session: VhostUserSession?
+  private var backend: VhostUserSession?
   private var retryNanoseconds: UInt64 = 0
   private var backOffNanoseconds = VhostUserSocket.backOffNanosecondsMin
   private var isClosed = false
@@ -48,16 +49,16 @@ public final class VhostUserSocket {
   /// What to poll for, and where; nil while there is only time, or a worker, to wait for.
   public var watch: (descriptor: Int32, events: Int16)? {
     if isClosed { return nil }
-    guard let session else { return listener.map { ($0.socket.number, Int16(POLLIN)) } }
+    guard let backend else { return listener.map { ($0.socket.number, Int16(POLLIN)) } }
     guard let number = socketNumber else { return nil }
     // As long as a reply is due, or cannot be sent, no more is read.
     if wantsToSend { return (number, Int16(POLLOUT | CLINUX_POLLRDHUP)) }
-    return (number, session.isWaiting ? Int16(CLINUX_POLLRDHUP) : Int16(POLLIN | CLINUX_POLLRDHUP))
+    return (number, backend.isWaiting ? Int16(CLINUX_POLLRDHUP) : Int16(POLLIN | CLINUX_POLLRDHUP))
   }
 
   /// When to call ``ready(nowNanoseconds:)`` though nothing happened; nil: never.
   public var retryAtNanoseconds: UInt64? {
-    role == .client && session == nil && !isClosed ? retryNanoseconds : nil
+    role == .client && backend == nil && !isClosed ? retryNanoseconds : nil
   }
 
   public var isConnected: Bool { socketNumber != nil }
@@ -67,10 +68,16 @@ public final class VhostUserSocket {
   public func ready(nowNanoseconds: UInt64) -> [VhostUserEffect] {
     var effects: [VhostUserEffect] = []
     guard !isClosed else { return effects }
-    if session == nil {
+    if isConnected, let backend, let fault = backend.memoryFault {
+      backend.signalErrors()
+      effects.append(.broken(fault))
+      end(&effects, nowNanoseconds)
+      return effects
+    }
+    if backend == nil {
       guard let socket = role == .server ? listener?.accept() : connect(nowNanoseconds) else { return effects }
       stream = VhostUserStream(socket)
-      session = VhostUserSession(settings)
+      backend = VhostUserSession(settings)
       problem = nil
       effects.append(.connected)
     }
@@ -82,12 +89,12 @@ public final class VhostUserSocket {
   public func queueStopped(
     _ queue: Int, base: VhostUserQueueBase, nowNanoseconds: UInt64
   ) -> [VhostUserEffect] {
-    after(session?.queueStopped(queue, base: base), nowNanoseconds)
+    after(backend?.queueStopped(queue, base: base), nowNanoseconds)
   }
 
   /// See ``VhostUserSession/adopted(version:)``; then goes on with the messages that had to wait.
   public func adopted(version: UInt64, nowNanoseconds: UInt64) -> [VhostUserEffect] {
-    after(session?.adopted(version: version), nowNanoseconds)
+    after(backend?.adopted(version: version), nowNanoseconds)
   }
 
   /// Ends the connection and finds no other. Queues that run are still to be stopped: see the effects. A server's path
@@ -114,15 +121,15 @@ public final class VhostUserSocket {
     return effects
   }
 
-  private var socketNumber: Int32? { if stream == nil { nil } else { stream!.socket.number } }
-  private var wantsToSend: Bool { if stream == nil { false } else { stream!.wantsToSend } }
+  private var socketNumber: Int32? { stream?.socket.number }
+  private var wantsToSend: Bool { stream?.wantsToSend ?? false }
 
   /// Takes messages until there are none, or one has to wait.
   private func converse(_ effects: inout [VhostUserEffect], _ now: UInt64) {
     for _ in 0..<Self.messagesMax {
-      guard isConnected, session != nil else { return }
+      guard isConnected, backend != nil else { return }
       guard stream!.send() else { return end(&effects, now) }
-      if session!.isWaiting || wantsToSend {
+      if backend!.isWaiting || wantsToSend {
         if stream!.hasHungUp { end(&effects, now) }
         return
       }
@@ -134,7 +141,7 @@ public final class VhostUserSocket {
         return end(&effects, now)
       case .message(let header, let payload, let descriptors):
         backOffNanoseconds = Self.backOffNanosecondsMin
-        let outcome = session!.receive(header, payload: payload, descriptors: descriptors)
+        let outcome = backend!.receive(header, payload: payload, descriptors: descriptors)
         effects += outcome.effects
         guard stream!.send(outcome.replies) else { return end(&effects, now) }
       }
@@ -144,15 +151,15 @@ public final class VhostUserSocket {
   /// Closes the connection; workers may still have to leave queues.
   private func end(_ effects: inout [VhostUserEffect], _ now: UInt64) {
     stream = nil
-    guard session != nil else { return }
-    effects += session!.end().effects
+    guard backend != nil else { return }
+    effects += backend!.end().effects
     finish(&effects, now)
   }
 
   /// The connection is gone for good when no worker has anything of it.
   private func finish(_ effects: inout [VhostUserEffect], _ now: UInt64) {
-    guard session?.hasEnded == true else { return }
-    session = nil
+    guard backend?.hasEnded == true else { return }
+    backend = nil
     waitForNext(now)
     effects.append(.disconnected)
   }

@@ -6,7 +6,7 @@ import Glibc
 /// kept until the rest is there, and what a reply could not be sent of until there is room.
 ///
 /// Every descriptor that comes has an owner before anything else is looked at.
-struct VhostUserStream: ~Copyable {
+final class VhostUserStream {
   let socket: OwnedDescriptor
   private var header: VhostUserHeader?
   private var bytes: [UInt8] = []
@@ -14,7 +14,7 @@ struct VhostUserStream: ~Copyable {
   private var outgoing: [VhostUserReply] = []
   /// How much of the first of `outgoing` is sent.
   private var sentBytes = 0
-  private var control = [UInt8](repeating: 0, count: Self.controlBytes)
+  private var control = [UInt8](repeating: 0, count: VhostUserStream.controlBytes)
 
   /// Descriptors that the kernel sends with one message at most (`SCM_MAX_FD` of linux/net/scm.h): with room for all,
   /// none is lost without being counted.
@@ -40,7 +40,7 @@ struct VhostUserStream: ~Copyable {
   var wantsToSend: Bool { !outgoing.isEmpty }
 
   /// Takes the next message, if all of it is there.
-  mutating func next() -> Arrival {
+  func next() -> Arrival {
     while true {
       if let header, bytes.count == header.payloadBytes {
         let arrival = Arrival.message(header, payload: bytes, descriptors)
@@ -62,7 +62,7 @@ struct VhostUserStream: ~Copyable {
   }
 
   /// Adds to `bytes` and `descriptors`; returns why it could not.
-  private mutating func receive(_ wanted: Int) -> Arrival? {
+  private func receive(_ wanted: Int) -> Arrival? {
     var part = [UInt8](repeating: 0, count: wanted)
     var flags: Int32 = 0
     var controlBytes = 0
@@ -99,7 +99,7 @@ struct VhostUserStream: ~Copyable {
   }
 
   /// Takes over the descriptors of the control messages that came: cmsg(3), laid out by the kernel.
-  private mutating func own(_ count: Int) {
+  private func own(_ count: Int) {
     var start = 0
     while start + Self.controlHeaderBytes <= count {
       var reader = ByteReader(Array(control[start..<count]))
@@ -118,7 +118,7 @@ struct VhostUserStream: ~Copyable {
   }
 
   /// Sends as much as there is room for; false when the connection is no more.
-  mutating func send(_ replies: [VhostUserReply] = []) -> Bool {
+  func send(_ replies: [VhostUserReply] = []) -> Bool {
     outgoing += replies
     while let reply = outgoing.first {
       let rest = reply.bytes.dropFirst(sentBytes)
