@@ -416,7 +416,9 @@ static inline long clinux_set_capabilities(const unsigned *words) {
 
 // ---- vhost-user: what glibc hides from Swift behind _GNU_SOURCE ----
 
+#include <linux/magic.h>
 #include <linux/memfd.h>
+#include <sys/vfs.h>
 
 #define CLINUX_POLLRDHUP 0x2000     // asm-generic/poll.h
 #define CLINUX_F_ADD_SEALS 1033     // linux/fcntl.h, which fcntl.h shuts out
@@ -429,6 +431,15 @@ static inline int clinux_make_memory_file(const char *name) {
 // Nobody can change its length any more.
 static inline int clinux_seal_length(int descriptor) {
   return fcntl(descriptor, CLINUX_F_ADD_SEALS, CLINUX_F_SEALS_OF_LENGTH);
+}
+// The kind of file system that a descriptor's file is in (linux/magic.h), or -1.
+static inline long clinux_file_system(int descriptor) {
+  struct statfs status;
+  return fstatfs(descriptor, &status) == 0 ? (long)status.f_type : -1;
+}
+static inline int clinux_make_nonblocking(int descriptor) {
+  int flags = fcntl(descriptor, F_GETFL);
+  return flags < 0 ? -1 : fcntl(descriptor, F_SETFL, flags | O_NONBLOCK);
 }
 static inline int clinux_accept(int descriptor) {
   return (int)syscall(SYS_accept4, descriptor, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);

@@ -114,6 +114,135 @@ private struct CuttableMemory {
     #expect(SharedFile.openCount("fault-places") == 0)
   }
 
+  // MARK: What becomes of the port
+
+  /// A guest with one queue on a socket of its own, whose workers are done at once.
+  private final class Port {
+    let socket: VhostUserSocket
+    var effects: [String] = []
+    private(set) var memory: VhostUserMemory?
+
+    init(_ path: String) throws { socket = try VhostUserSocket(.server, path: path, settings: .init()) }
+
+    func connect(_ file: SharedFile, error: OwnedDescriptor) -> VhostUserFrontend? {
+      guard let frontend = VhostUserFrontend(path: socket.path) else { return nil }
+      frontend.send(.setProtocolFeatures(VhostUserProtocolFeatures.replyAcknowledge.rawValue))
+      frontend.send(.setFeatures(VhostUserFeatures([.version1, .protocolFeatures]).rawValue))
+      frontend.send(.setMemoryTable([file.region()]), [file.descriptor])
+      frontend.send(.setQueueError(.init(queue: 0)), [error])
+      frontend.send(.setQueueSize(.init(queue: 0, number: 256)))
+      frontend.send(.setQueueAddresses(VhostUserConversation.addresses(0)))
+      frontend.send(.setQueueKick(.init(queue: 0)), [error])
+      turn()
+      return frontend
+    }
+
+    /// What the service does when something happened.
+    func turn() {
+      var open = socket.ready(nowNanoseconds: 1)
+      while !open.isEmpty {
+        let effect = open.removeFirst()
+        effects.append(effect.name)
+        if case .memoryChanged(let memory, _, _) = effect { self.memory = memory }
+        if case .stopQueue(let queue) = effect {
+          memory = nil
+          open += socket.queueStopped(queue, base: .init(availableIndex: 0), nowNanoseconds: 1)
+        }
+        if let version = effect.version { open += socket.adopted(version: version, nowNanoseconds: 1) }
+      }
+    }
+
+    func load(_ address: UInt64) -> UInt8? {
+      unsafe memory?.pointer(guest: address, byteCount: 1)?.load(as: UInt8.self)
+    }
+  }
+
+  @Test func aGuestThatCutsItsMemoryLosesItsPortAndNoOtherDoes() throws {
+    let paths = (0..<2).map { temporaryFolder + "/vnetr-fault-\($0)-\(getpid())" }
+    let ports = try paths.map(Port.init)
+    let files = (0..<2).map { SharedFile("fault-port-\($0)") }
+    let errors = (0..<2).map { _ in OwnedDescriptor(eventfd(0, Int32(EFD_NONBLOCK))) }
+    let frontends = try (0..<2).map { try #require(ports[$0].connect(files[$0], error: errors[$0])) }
+    for port in ports {
+      #expect(port.effects == ["connected", "features", "memory 1", "start 0"])
+      port.effects = []
+    }
+    precondition(ftruncate(files[0].descriptor.number, 0) == 0)
+    for port in ports { port.turn() }
+    #expect(ports.flatMap(\.effects) == [], "nobody has noticed yet")
+    for port in ports { #expect(port.load(0x4000) == 0) }
+    #expect(try isEventReadable)
+    MappingFaults.acknowledge()
+    for port in ports { port.turn() }
+    #expect(
+      ports[0].effects == [
+        "broken the region at guest address 0x0: its file was cut short, or had no page left, while it was shared; "
+          + "the frontend must keep its files as they are", "stop 0", "disconnected",
+      ])
+    #expect(frontends[0].isClosed)
+    #expect(ports[1].effects.isEmpty && ports[1].socket.isConnected && !frontends[1].isClosed)
+    var count: UInt64 = 0
+    #expect(unsafe read(errors[0].number, &count, 8) == 8, "who watches the queue's errors is told")
+    #expect(unsafe read(errors[1].number, &count, 8) == -1)
+
+    // With memory that is whole it is served again.
+    let whole = SharedFile("fault-port-whole")
+    ports[0].effects = []
+    let again = try #require(ports[0].connect(whole, error: errors[0]))
+    ports[0].turn()
+    #expect(ports[0].effects == ["connected", "features", "memory 1", "start 0"] && !again.isClosed)
+  }
+
+  @Test func theLogTheInflightMemoryAndMemoryThatIsBeingLeftAreLookedAtToo() throws {
+    let file = SharedFile("fault-kinds")
+    var frontend = VhostUserConversation()
+    frontend.agree()
+    frontend.lend(file)
+    let log = SharedFile("fault-log", byteCount: 4_096)
+    let outcome = frontend.backend.receive(
+      VhostUserMessage.setLogBase(.init(byteCount: 4_096, fileOffset: 0)).header(),
+      payload: VhostUserMessage.setLogBase(.init(byteCount: 4_096, fileOffset: 0)).payload,
+      descriptors: [log.received])
+    guard case .logChanged(let lent, let version) = outcome.effects.first else {
+      Issue.record("no log")
+      return
+    }
+    _ = frontend.backend.adopted(version: version)
+    #expect(frontend.backend.memoryFault == nil)
+    precondition(ftruncate(log.descriptor.number, 0) == 0)
+    #expect(unsafe lent.mapping.base.load(as: UInt8.self) == 0)
+    #expect(frontend.backend.memoryFault?.hasPrefix("the log: its file was cut short") == true)
+
+    var other = VhostUserConversation()
+    other.agree()
+    other.lend(file)
+    let old = other.backend.memory
+    other.start(0, file)
+    other.starts = []
+    let new = SharedFile("fault-new")
+    let message = VhostUserMessage.setMemoryTable([new.region()])
+    let change = other.backend.receive(message.header(), payload: message.payload, descriptors: [new.received])
+    precondition(ftruncate(file.descriptor.number, 0) == 0)
+    #expect(unsafe old.pointer(guest: 0, byteCount: 1)?.load(as: UInt8.self) == 0)
+    #expect(other.backend.memoryFault?.hasPrefix("the region at guest address 0x0: ") == true)
+    _ = other.backend.adopted(version: change.effects.first?.version ?? 0)
+    #expect(other.backend.memoryFault == nil, "nobody has it any more")
+
+    let inflight = SharedFile("fault-inflight")
+    var third = VhostUserConversation()
+    third.agree()
+    third.send(
+      .setInflight(
+        .init(area: .init(byteCount: UInt64(inflight.byteCount), fileOffset: 0), queues: 4, size: 256)),
+      [inflight.received])
+    third.lend(new)
+    third.start(0, new)
+    precondition(ftruncate(inflight.descriptor.number, 0) == 0)
+    let part = try #require(third.starts.first?.inflight)
+    #expect(unsafe part.memory.mapping.base.load(as: UInt8.self) == 0)
+    #expect(third.backend.memoryFault?.hasPrefix("the in-flight memory: ") == true)
+  }
+
   // MARK: What ends the process as ever
 
   @Test func anAccessThatIsNoGuestsEndsTheProcess() async {

@@ -291,7 +291,7 @@ struct VhostUserConversation {
   mutating func agree(
     without: VhostUserFeatures = [.packedRing, .logAll], protocolFeatures: VhostUserProtocolFeatures = .served
   ) {
-    send(.setProtocolFeatures(protocolFeatures.rawValue))
+    send(.setProtocolFeatures(protocolFeatures.intersection(backend.settings.protocolFeatures).rawValue))
     send(.setFeatures(backend.settings.features.subtracting(without).rawValue))
   }
 

@@ -1,3 +1,4 @@
+import CLinux
 import Datapath
 import Glibc
 import TestSupport
@@ -173,6 +174,119 @@ import Testing
     #expect(start.kick == nil && start.call == nil)
   }
 
+  /// virtio-devices/src/vhost_user of cloud-hypervisor: it asks for the answer to everything, and keeps in-flight memory.
+  @Test func cloudHypervisorStartsPausesAndStopsOnePairOfQueues() throws {
+    let file = SharedFile("vhost-user-cloud-hypervisor")
+    var frontend = VhostUserConversation(.init(queuePairsMax: 1))
+    frontend.send(.setOwner)
+    frontend.send(.getFeatures)
+    let offered = VhostUserFeatures(rawValue: try #require(frontend.lastNumber))
+    frontend.send(.getProtocolFeatures)
+    let extensions = VhostUserProtocolFeatures(rawValue: try #require(frontend.lastNumber))
+    // It then takes two queues for granted, and would take the answer 1 of GET_QUEUE_NUM for too few.
+    #expect(!extensions.contains(.multiQueue) && !offered.contains(.multiQueue))
+    let wanted: VhostUserProtocolFeatures = [
+      .multiQueue, .configureMemorySlots, .replyAcknowledge, .inflightInSharedMemory, .logInSharedMemory,
+    ]
+    frontend.send(.setProtocolFeatures(wanted.intersection(extensions).rawValue))
+    frontend.replies = []
+    let features: VhostUserFeatures = [.version1, .eventIndex, .mergeableReceiveBuffers, .checksum, .protocolFeatures]
+    frontend.send(.setFeatures(features.rawValue), needsReply: true)
+    frontend.send(.setMemoryTable([file.region()]), needsReply: true, [file.received])
+    for queue in 0..<UInt32(2) { frontend.send(.setQueueSize(.init(queue: queue, number: 256)), needsReply: true) }
+    #expect(frontend.replies.map(\.payload) == [[UInt8]](repeating: [0, 0, 0, 0, 0, 0, 0, 0], count: 4))
+    frontend.send(
+      .getInflight(
+        .init(area: .init(byteCount: 0, fileOffset: 0), queues: 2, size: 256, payloadBytes: 20)), needsReply: true)
+    let reply = try #require(frontend.replies.last)
+    #expect(reply.payload.count == 20)
+    let made = try VhostUserMessage(.init(request: 31, payloadBytes: 20), payload: reply.payload)
+    guard case .getInflight(let inflight) = made else { return }
+    frontend.send(.setInflight(inflight), needsReply: true, [OwnedDescriptor(dup(try #require(reply.descriptor).number))])
+    #expect(frontend.lastNumber == 0)
+    for queue in 0..<2 {
+      frontend.send(.setQueueAddresses(VhostUserConversation.addresses(queue)), needsReply: true)
+      frontend.send(.setQueueBase(.init(queue: UInt32(queue))), needsReply: true)
+      frontend.send(.setQueueCall(.init(queue: queue)), needsReply: true, [file.received])
+      frontend.send(.setQueueKick(.init(queue: queue)), needsReply: true, [file.received])
+      #expect(frontend.lastNumber == 0)
+    }
+    for isEnabled in [1, 0, 1, 0] as [UInt32] {
+      for queue in 0..<UInt32(2) {
+        frontend.send(.setQueueEnabled(.init(queue: queue, number: isEnabled)), needsReply: true)
+        #expect(frontend.lastNumber == 0)
+      }
+    }
+    for queue in 0..<UInt32(2) {
+      frontend.send(.getQueueBase(.init(queue: queue)), needsReply: true)
+      #expect(frontend.replies.last?.payload == queue.littleEndianBytes + UInt32(7).littleEndianBytes)
+    }
+    #expect(
+      frontend.effects == [
+        "features", "memory 1", "start 0", "start 1", "enable 0", "enable 1", "disable 0", "disable 1", "enable 0",
+        "enable 1", "disable 0", "disable 1", "stop 0", "stop 1",
+      ])
+    #expect(frontend.starts.count { $0.inflight != nil && !$0.isEnabled } == 2)
+  }
+
+  @Test func aQueueThatWasEnabledFirstStartsEnabled() throws {
+    let file = SharedFile("vhost-user-enabled")
+    var frontend = VhostUserConversation()
+    frontend.agree()
+    frontend.lend(file)
+    #expect(frontend.send(.setQueueEnabled(.init(queue: 0, number: 1))) == [])
+    #expect(frontend.send(.setQueueEnabled(.init(queue: 1, number: 0))) == [])
+    for queue in 0..<3 { frontend.start(queue, file) }
+    #expect(frontend.starts.map(\.isEnabled) == [true, false, false])
+  }
+
+  @Test func theBaseOfAQueueThatDoesNotRunIsToldAtOnce() {
+    var frontend = VhostUserConversation()
+    frontend.send(.setQueueBase(.init(queue: 1, number: 12)))
+    #expect(frontend.send(.getQueueBase(.init(queue: 1))) == [])
+    #expect(frontend.replies.last?.payload == [1, 0, 0, 0, 12, 0, 0, 0])
+  }
+
+  @Test func ownersComeAndGoWithoutTouchingAQueue() {
+    let file = SharedFile("vhost-user-owner")
+    var frontend = VhostUserConversation()
+    frontend.agree()
+    frontend.lend(file)
+    frontend.start(0, file)
+    for message in [VhostUserMessage.setOwner, .resetOwner, .setOwner, .resetOwner] {
+      #expect(frontend.send(message, needsReply: true) == [])
+      #expect(frontend.lastNumber == 0)
+    }
+    #expect(frontend.backend.queuesInUse == [0])
+  }
+
+  @Test func theDescriptorOfTheLogIsTakenAndClosed() {
+    let event = SharedFile("vhost-user-log-event")
+    var frontend = VhostUserConversation()
+    frontend.agree()
+    #expect(frontend.send(.setLogDescriptor, needsReply: true, [event.received]) == [])
+    #expect(frontend.lastNumber == 0)
+    #expect(SharedFile.openCount("vhost-user-log-event") == 1)
+  }
+
+  @Test(arguments: VhostUserMessage.oneOfEach)
+  func whoAsksForAnAnswerIsGivenExactlyOne(_ message: VhostUserMessage) {
+    let file = SharedFile("vhost-user-answer")
+    for isRunning in [false, true] {
+      var frontend = VhostUserConversation()
+      frontend.agree()
+      frontend.lend(file)
+      if isRunning { for queue in 0..<4 { frontend.start(queue, file) } }
+      for _ in 0..<2 {
+        frontend.replies = []
+        frontend.send(
+          message, needsReply: true, (0..<message.descriptorCounts.lowerBound).map { _ in file.received })
+        #expect(frontend.replies.map(\.request) == [message.request.rawValue])
+        #expect(!frontend.backend.isWaiting)
+      }
+    }
+  }
+
   // MARK: What is refused
 
   @Test func whatWasNotOfferedCannotBeSet() {
@@ -333,6 +447,60 @@ import Testing
     #expect(kick().contains("its base"))
     frontend.send(.setQueueBase(.init(queue: 0, number: 0xFFFF)))
     #expect(frontend.send(.setQueueKick(.init(queue: 0)), [file.received]) == ["start 0"])
+  }
+
+  @Test func aTableHasNoMoreRegionsThanItSays() {
+    let file = SharedFile("vhost-user-slots")
+    var frontend = VhostUserConversation()
+    frontend.agree()
+    frontend.send(.getMemorySlotsMax)
+    let most = Int(frontend.lastNumber ?? 0)
+    func region(_ number: Int) -> VhostUserMessage.RegionDescription {
+      file.region(guest: UInt64(number) << 30, bytes: 0x10000)
+    }
+    for number in 0..<most {
+      #expect(frontend.send(.addMemoryRegion(region(number)), [file.received]) == ["memory \(number + 1)"])
+    }
+    #expect(frontend.refusal(.addMemoryRegion(region(most)), [file.received]).contains("33 regions are more than"))
+    // With and without the descriptor that some send.
+    #expect(frontend.send(.removeMemoryRegion(region(7)), [file.received]) == ["memory 31"])
+    #expect(frontend.send(.removeMemoryRegion(region(8))) == ["memory 30"])
+    #expect(frontend.refusal(.removeMemoryRegion(region(8))).contains("no such region"))
+    #expect(frontend.send(.addMemoryRegion(region(most)), [file.received]) == ["memory 31"])
+    #expect(SharedFile.mappedCount("vhost-user-slots") == 31)
+    #expect(SharedFile.openCount("vhost-user-slots") == 1)
+  }
+
+  @Test func memoryOfADiskIsRefused() throws {
+    let path = temporaryFolder + "/vnetr-vu-disk-\(getpid())"
+    let disk = OwnedDescriptor(unsafe open(path, O_CREAT | O_RDWR | O_CLOEXEC, 0o600))
+    defer { unsafe unlink(path) }
+    try #require(ftruncate(disk.number, 1 << 20) == 0)
+    if disk.isInMemory { return }
+    var frontend = VhostUserConversation()
+    frontend.agree()
+    let region = SharedFile("vhost-user-disk").region()
+    #expect(frontend.refusal(.setMemoryTable([region]), [disk]).contains("is no memory file"))
+    #expect(frontend.refusal(.setQueueCall(.init(queue: 0)), [disk]).contains("neither an eventfd nor a pipe"))
+  }
+
+  @Test func noEventDescriptorCanMakeAWorkerWait() throws {
+    var frontend = VhostUserConversation()
+    frontend.agree()
+    var ends: [Int32] = [0, 0]
+    try #require(unsafe pipe(&ends) == 0)
+    let pipes = ends.map(OwnedDescriptor.init)
+    let event = OwnedDescriptor(eventfd(0, 0))
+    for (number, descriptor) in [event, pipes[1]].enumerated() {
+      #expect(fcntl(descriptor.number, F_GETFL) & O_NONBLOCK == 0)
+      #expect(frontend.send(.setQueueCall(.init(queue: number)), [descriptor]) == [])
+      #expect(fcntl(descriptor.number, F_GETFL) & O_NONBLOCK != 0)
+    }
+    #expect(frontend.send(.setQueueKick(.init(queue: 0)), [event]).count == 1)
+    // Full: it returns all the same.
+    var most: UInt64 = .max - 1
+    #expect(unsafe write(event.number, &most, 8) == 8)
+    event.signal()
   }
 
   @Test func aNumberWithoutSenseIsRefused() {

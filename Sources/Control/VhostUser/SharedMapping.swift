@@ -35,7 +35,9 @@ public final class SharedMapping: @unchecked Sendable {
     guard unsafe fstat(descriptor.number, &status) == 0 else {
       throw VhostUserRefusal("its descriptor cannot be looked at: \(SystemError.text(errno))")
     }
-    guard status.st_mode & S_IFMT == S_IFREG else { throw VhostUserRefusal("its descriptor is no memory file") }
+    guard status.st_mode & S_IFMT == S_IFREG, descriptor.isInMemory else {
+      throw VhostUserRefusal("its descriptor is no memory file (memfd, tmpfs or hugetlbfs)")
+    }
     let (end, overflows) = area.fileOffset.addingReportingOverflow(area.byteCount)
     guard area.byteCount > 0, !overflows, end <= UInt64(max(0, status.st_size)) else {
       throw VhostUserRefusal(

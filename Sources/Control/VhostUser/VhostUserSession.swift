@@ -34,6 +34,12 @@ public struct VhostUserSession {
       self.features = features.intersection(.served)
       self.protocolFeatures = protocolFeatures.intersection(.served)
       self.mtuBytesMax = mtuBytesMax
+      // Frontends disagree whether GET_QUEUE_NUM is of pairs (QEMU, DPDK) or of queues (cloud-hypervisor, which finds
+      // too few in the answer 1); one pair is what all of them take for granted without the feature.
+      if queuePairsMax == 1 {
+        self.features.remove(.multiQueue)
+        self.protocolFeatures.remove(.multiQueue)
+      }
     }
   }
 
@@ -255,7 +261,7 @@ public struct VhostUserSession {
     case .getQueueBase(let queue): return try getQueueBase(queue, header, &outcome)
     case .setQueueKick(let event): return try setQueueKick(event, descriptors.first, &outcome)
     case .setQueueCall(let event):
-      let queue = try queue(of: event, name)
+      let queue = try queue(of: event, descriptors.first, name)
       retire(queues[queue].call)
       queues[queue].call = descriptors.first
       if queues[queue].isStarted {
@@ -263,7 +269,7 @@ public struct VhostUserSession {
       }
       return .done
     case .setQueueError(let event):
-      let queue = try queue(of: event, name)
+      let queue = try queue(of: event, descriptors.first, name)
       retire(queues[queue].error)
       queues[queue].error = descriptors.first
       if queues[queue].isStarted {
@@ -319,12 +325,18 @@ public struct VhostUserSession {
   }
 
   private func queue(
-    of event: VhostUserMessage.QueueDescriptor, _ name: String
+    of event: VhostUserMessage.QueueDescriptor, _ descriptor: OwnedDescriptor?, _ name: String
   ) throws(VhostUserRefusal) -> Int {
     guard !event.hasOtherBits else {
       throw VhostUserRefusal("\(name): \(hexadecimal(event.rawValue)) has bits without a meaning")
     }
-    return try queue(event.queue, name)
+    let queue = try queue(event.queue, name)
+    do throws(VhostUserRefusal) {
+      try descriptor?.becomeEvent()
+    } catch {
+      throw VhostUserRefusal("\(name): queue \(queue): \(error)")
+    }
+    return queue
   }
 
   private func stoppedQueue(_ number: UInt32, _ name: String) throws(VhostUserRefusal) -> Int {
@@ -571,7 +583,7 @@ public struct VhostUserSession {
     _ event: VhostUserMessage.QueueDescriptor, _ descriptor: OwnedDescriptor?, _ outcome: inout Outcome
   ) throws(VhostUserRefusal) -> Answer {
     let name = VhostUserRequest.setQueueKick.name
-    let queue = try queue(of: event, name)
+    let queue = try queue(of: event, descriptor, name)
     if queues[queue].isStarted {
       retire(queues[queue].kick)
       queues[queue].kick = descriptor
