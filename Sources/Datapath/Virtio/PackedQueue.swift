@@ -96,7 +96,7 @@ public struct PackedQueue: Virtqueue, ~Copyable, @unchecked Sendable {
     var identifier: UInt16 = 0
     var isLast = false
     while !isLast {
-      guard takenPlaces + places < size else { return .broken(places == 0 ? .tooManyTaken : .chainTooLong) }
+      guard takenPlaces + stagedPlaces + places < size else { return .broken(places == 0 ? .tooManyTaken : .chainTooLong) }
       places += 1
       let address = unsafe SharedWord.load64(place(index))
       let bytes = unsafe SharedWord.load32(place(index) + 8)

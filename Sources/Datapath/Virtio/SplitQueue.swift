@@ -66,7 +66,7 @@ public struct SplitQueue: Virtqueue, ~Copyable, @unchecked Sendable {
       availableSeen = nextAvailable
       return .broken(.availableIndexJumped)
     }
-    guard takenCount < size else { return .broken(.tooManyTaken) }
+    guard takenCount + Int(nextUsed &- publishedUsed) < size else { return .broken(.tooManyTaken) }
     let head = unsafe SharedWord.load16(available + 4 + 2 * (Int(nextAvailable) & (size - 1)))
     guard Int(head) < size else { return .broken(.headOutOfRange) }
     chain.begin()
