@@ -30,6 +30,7 @@ public struct PackedQueue: Virtqueue, ~Copyable, @unchecked Sendable {
   private var pieceHint = GuestMemory.Hint()
   private var tableHint = GuestMemory.Hint()
   private var log: VirtqueueLogAddresses?
+  private var inFlight = InFlightNotes()
 
   /// The available bit is 1 << 7, the used bit 1 << 15.
   private static var ownershipBits: UInt16 { 0x8080 }
@@ -78,6 +79,32 @@ public struct PackedQueue: Virtqueue, ~Copyable, @unchecked Sendable {
 
   public mutating func logWrites(_ addresses: VirtqueueLogAddresses?) { log = addresses }
 
+  public static func inFlightBytes(size: Int) -> Int { InFlightNotes.regionBytes(size: size, isPacked: true) }
+
+  public mutating func trackInFlight(_ region: UnsafeMutableRawPointer) throws(VirtqueueError) -> Int {
+    precondition(takenTotal == 0, "chains in flight are noted from the first one on")
+    let isNew = unsafe InFlightNotes.isNew(region)
+    var stand = InFlightNotes.PackedPlace(used: nextUsed, usedWrap: usedBits != 0, takenPlaces: takenPlaces)
+    inFlight = unsafe try InFlightNotes.packed(region, size: size, ring: descriptors, &stand)
+    guard !isNew else { return 0 }
+    nextUsed = stand.used
+    usedBits = Self.usedBits(wrap: stand.usedWrap)
+    nextAvailable = stand.used
+    availableBits = Self.availableBits(wrap: stand.usedWrap)
+    takenPlaces = stand.takenPlaces
+    for _ in 0..<takenPlaces {
+      // A batch that was not published may have left its later places as used: the driver would take them for that as
+      // soon as it saw the place before.
+      unsafe SharedWord.store16(availableBits, at: place(nextAvailable) + 14)
+      nextAvailable += 1
+      if nextAvailable == size {
+        nextAvailable = 0
+        availableBits ^= Self.ownershipBits
+      }
+    }
+    return inFlight.againCount
+  }
+
   // MARK: Taking
 
   @unsafe @inline(__always)
@@ -87,6 +114,7 @@ public struct PackedQueue: Virtqueue, ~Copyable, @unchecked Sendable {
 
   @inline(__always)
   public mutating func next(_ memory: GuestMemory.Reference, into chain: inout VirtioChain) -> VirtqueueResult {
+    if inFlight.isOn, inFlight.hasAgain { return nextAgain(memory, into: &chain) }
     var index = nextAvailable
     // The driver writes these flags last of the chain: all that follows is of after.
     var flags = unsafe SharedWord.load16Acquiring(place(index) + 14)
@@ -95,32 +123,68 @@ public struct PackedQueue: Virtqueue, ~Copyable, @unchecked Sendable {
     var places = 0
     var identifier: UInt16 = 0
     var isLast = false
+    var note: UInt16?
     while !isLast {
-      guard takenPlaces + stagedPlaces + places < size else { return .broken(places == 0 ? .tooManyTaken : .chainTooLong) }
+      guard takenPlaces + stagedPlaces + places < size else {
+        return .broken(places == 0 ? .tooManyTaken : .chainTooLong)
+      }
       places += 1
       let address = unsafe SharedWord.load64(place(index))
       let bytes = unsafe SharedWord.load32(place(index) + 8)
       identifier = unsafe SharedWord.load16(place(index) + 12)
       isLast = flags & VirtioDescriptor.next == 0
-      if flags & VirtioDescriptor.indirect != 0 {
-        guard features.contains(.indirectDescriptors) else { return .broken(.indirectNotAgreed) }
-        guard isLast else { return .broken(.indirectWithNext) }
-        if let fault = walkTable(address, bytes, memory, into: &chain) { return .broken(fault) }
-      } else if let fault = chain.append(
-        address, bytes: Int(bytes), isWritable: flags & VirtioDescriptor.write != 0, memory: memory, hint: &pieceHint)
-      {
-        return .broken(fault)
+      if let fault = append(address, bytes, flags, memory, into: &chain) { return .broken(fault) }
+      if inFlight.isOn {
+        inFlight.fillPacked(&note, address: address, bytes: bytes, identifier: identifier, flags: flags)
       }
       index = index + 1 == size ? 0 : index + 1
       if !isLast { flags = unsafe SharedWord.load16(place(index) + 14) }
     }
-    chain.token = VirtioChain.Token(identifier: identifier, places: places)
+    let head = note.map { inFlight.notePacked(last: $0, places: places, number: takenTotal) } ?? 0
+    chain.token = VirtioChain.Token(identifier: identifier, places: places, note: head)
     if index <= nextAvailable { availableBits ^= Self.ownershipBits }
     nextAvailable = index
     takenPlaces += places
     takenCount += 1
     takenTotal &+= 1
     return .chain
+  }
+
+  /// A chain that a device before took, as it was noted: its place on the ring may be written over.
+  @inline(never)
+  private mutating func nextAgain(_ memory: GuestMemory.Reference, into chain: inout VirtioChain) -> VirtqueueResult {
+    let head = inFlight.againNote
+    let places = inFlight.places(of: head)
+    var note = head
+    var identifier: UInt16 = 0
+    chain.begin()
+    for _ in 0..<places {
+      let descriptor = inFlight.descriptor(note)
+      identifier = descriptor.identifier
+      if let fault = append(descriptor.address, descriptor.bytes, descriptor.flags, memory, into: &chain) {
+        return .broken(fault)
+      }
+      note = descriptor.next
+    }
+    chain.token = VirtioChain.Token(identifier: identifier, places: places, note: head)
+    inFlight.takeAgain()
+    takenCount += 1
+    takenTotal &+= 1
+    return .chain
+  }
+
+  /// Adds the memory of a descriptor, or of those in the table that it names.
+  @inline(__always)
+  private mutating func append(
+    _ address: UInt64, _ bytes: UInt32, _ flags: UInt16, _ memory: GuestMemory.Reference, into chain: inout VirtioChain
+  ) -> VirtqueueFault? {
+    if flags & VirtioDescriptor.indirect != 0 {
+      guard features.contains(.indirectDescriptors) else { return .indirectNotAgreed }
+      guard flags & VirtioDescriptor.next == 0 else { return .indirectWithNext }
+      return walkTable(address, bytes, memory, into: &chain)
+    }
+    return chain.append(
+      address, bytes: Int(bytes), isWritable: flags & VirtioDescriptor.write != 0, memory: memory, hint: &pieceHint)
   }
 
   /// All descriptors of an indirect table, in their order (virtio 1.2 §2.8.7).
@@ -161,6 +225,10 @@ public struct PackedQueue: Virtqueue, ~Copyable, @unchecked Sendable {
     if availableBits != mark.availableBits { places += size }
     let count = takenTotal &- mark.takenTotal
     precondition(places <= takenPlaces && count <= takenCount, "chains are given back that were completed")
+    if inFlight.isOn {
+      inFlight.forgetPacked(max(mark.takenTotal, inFlight.againCount)..<max(takenTotal, inFlight.againCount))
+      inFlight.giveBackAgain(to: mark.takenTotal)
+    }
     nextAvailable = Int(mark.available)
     availableBits = mark.availableBits
     takenPlaces -= places
@@ -192,12 +260,15 @@ public struct PackedQueue: Virtqueue, ~Copyable, @unchecked Sendable {
       nextUsed -= size
       usedBits ^= Self.ownershipBits
     }
+    if inFlight.isOn { inFlight.stage(token.note) }
   }
 
   @inline(__always)
   public mutating func publish(_ memory: GuestMemory.Reference) {
     guard stagedPlaces > 0 else { return }
+    if inFlight.isOn { inFlight.beginPackedBatch(used: nextUsed, wrap: usedBits != 0) }
     unsafe SharedWord.store16Releasing(stagedFlags, at: place(stagedFirst) + 14)
+    if inFlight.isOn { inFlight.endPackedBatch(used: nextUsed, wrap: usedBits != 0) }
     if let log { markUsed(memory, at: log.descriptor) }
     unannounced += stagedPlaces
     stagedPlaces = 0
@@ -233,7 +304,8 @@ public struct PackedQueue: Virtqueue, ~Copyable, @unchecked Sendable {
     let event = features.contains(.eventIndex) ? availableHalf | Self.eventsAtPlace << 16 : Self.eventsOn << 16
     setDeviceEvent(event, memory)
     atomicMemoryFence(ordering: .sequentiallyConsistent)
-    return unsafe SharedWord.load16Acquiring(place(nextAvailable) + 14) & Self.ownershipBits == availableBits
+    return unsafe inFlight.hasAgain
+      || SharedWord.load16Acquiring(place(nextAvailable) + 14) & Self.ownershipBits == availableBits
   }
 
   public mutating func refuseKicks(_ memory: GuestMemory.Reference) {

@@ -33,6 +33,18 @@ enum SharedWord {
   static func store32(_ value: UInt32, at place: UnsafeMutableRawPointer) {
     unsafe place.assumingMemoryBound(to: Atomic<UInt32>.self).pointee.store(value, ordering: .relaxed)
   }
+  @inline(__always)
+  static func load8(_ place: UnsafeMutableRawPointer) -> UInt8 {
+    unsafe place.assumingMemoryBound(to: Atomic<UInt8>.self).pointee.load(ordering: .relaxed)
+  }
+  @inline(__always)
+  static func store8(_ value: UInt8, at place: UnsafeMutableRawPointer) {
+    unsafe place.assumingMemoryBound(to: Atomic<UInt8>.self).pointee.store(value, ordering: .relaxed)
+  }
+  @inline(__always)
+  static func store64(_ value: UInt64, at place: UnsafeMutableRawPointer) {
+    unsafe place.assumingMemoryBound(to: Atomic<UInt64>.self).pointee.store(value, ordering: .relaxed)
+  }
   /// Sets bits of a byte; what was stored before is seen by whoever then clears them.
   @inline(__always)
   static func setBits8(_ bits: UInt8, at place: UnsafeMutableRawPointer) {

@@ -22,6 +22,9 @@ public struct SplitQueue: Virtqueue, ~Copyable, @unchecked Sendable {
   private var pieceHint = GuestMemory.Hint()
   private var tableHint = GuestMemory.Hint()
   private var log: VirtqueueLogAddresses?
+  /// Chains ever taken.
+  private var takenTotal = 0
+  private var inFlight = InFlightNotes()
 
   private static var flagNoNotify: UInt16 { 1 }
   private static var flagNoInterrupt: UInt16 { 1 }
@@ -53,10 +56,24 @@ public struct SplitQueue: Virtqueue, ~Copyable, @unchecked Sendable {
 
   public mutating func logWrites(_ addresses: VirtqueueLogAddresses?) { log = addresses }
 
+  public static func inFlightBytes(size: Int) -> Int { InFlightNotes.regionBytes(size: size, isPacked: false) }
+
+  public mutating func trackInFlight(_ region: UnsafeMutableRawPointer) throws(VirtqueueError) -> Int {
+    precondition(takenTotal == 0, "chains in flight are noted from the first one on")
+    let isNew = unsafe InFlightNotes.isNew(region)
+    inFlight = unsafe try InFlightNotes.split(region, size: size, usedIndex: nextUsed)
+    if !isNew {
+      nextAvailable = nextUsed &+ UInt16(truncatingIfNeeded: inFlight.againCount)
+      availableSeen = nextAvailable
+    }
+    return inFlight.againCount
+  }
+
   // MARK: Taking
 
   @inline(__always)
   public mutating func next(_ memory: GuestMemory.Reference, into chain: inout VirtioChain) -> VirtqueueResult {
+    if inFlight.isOn, inFlight.hasAgain { return nextAgain(memory, into: &chain) }
     if nextAvailable == availableSeen {
       availableSeen = unsafe SharedWord.load16Acquiring(available + 2)
       if nextAvailable == availableSeen { return .none }
@@ -72,8 +89,23 @@ public struct SplitQueue: Virtqueue, ~Copyable, @unchecked Sendable {
     chain.begin()
     if let fault = walk(from: Int(head), memory, into: &chain) { return .broken(fault) }
     chain.token = VirtioChain.Token(identifier: head, places: 1)
+    if inFlight.isOn { inFlight.noteSplit(head, number: takenTotal) }
     nextAvailable &+= 1
     takenCount += 1
+    takenTotal &+= 1
+    return .chain
+  }
+
+  /// A chain that a device before took: its descriptors stand in the table as long as it is not given back.
+  @inline(never)
+  private mutating func nextAgain(_ memory: GuestMemory.Reference, into chain: inout VirtioChain) -> VirtqueueResult {
+    let head = inFlight.againNote
+    chain.begin()
+    if let fault = walk(from: Int(head), memory, into: &chain) { return .broken(fault) }
+    chain.token = VirtioChain.Token(identifier: head, places: 1)
+    inFlight.takeAgain()
+    takenCount += 1
+    takenTotal &+= 1
     return .chain
   }
 
@@ -122,14 +154,19 @@ public struct SplitQueue: Virtqueue, ~Copyable, @unchecked Sendable {
 
   @inline(__always)
   public var mark: VirtqueueMark {
-    VirtqueueMark(available: nextAvailable)
+    VirtqueueMark(available: nextAvailable, takenTotal: takenTotal)
   }
 
   public mutating func rewind(to mark: VirtqueueMark) {
-    let count = Int(nextAvailable &- mark.available)
+    let count = takenTotal &- mark.takenTotal
     precondition(count <= takenCount, "chains are given back that were completed")
+    if inFlight.isOn {
+      inFlight.forgetSplit(max(mark.takenTotal, inFlight.againCount)..<max(takenTotal, inFlight.againCount))
+      inFlight.giveBackAgain(to: mark.takenTotal)
+    }
     nextAvailable = mark.available
     takenCount -= count
+    takenTotal = mark.takenTotal
   }
 
   // MARK: Giving back
@@ -142,12 +179,15 @@ public struct SplitQueue: Virtqueue, ~Copyable, @unchecked Sendable {
     unsafe SharedWord.store32(UInt32(token.identifier), at: place)
     unsafe SharedWord.store32(UInt32(clamping: writtenBytes), at: place + 4)
     nextUsed &+= 1
+    if inFlight.isOn { inFlight.stage(token.identifier) }
   }
 
   @inline(__always)
   public mutating func publish(_ memory: GuestMemory.Reference) {
     guard nextUsed != publishedUsed else { return }
+    if inFlight.isOn { inFlight.beginSplitBatch() }
     unsafe SharedWord.store16Releasing(nextUsed, at: used + 2)
+    if inFlight.isOn { inFlight.endSplitBatch(usedIndex: nextUsed) }
     if let log { markUsed(memory, at: log.device) }
     unannounced += Int(nextUsed &- publishedUsed)
     publishedUsed = nextUsed
@@ -187,7 +227,7 @@ public struct SplitQueue: Virtqueue, ~Copyable, @unchecked Sendable {
       setUsedFlags(0, memory)
     }
     atomicMemoryFence(ordering: .sequentiallyConsistent)
-    return unsafe SharedWord.load16Acquiring(available + 2) != nextAvailable
+    return unsafe inFlight.hasAgain || SharedWord.load16Acquiring(available + 2) != nextAvailable
   }
 
   /// With event indices there is no "never": the index just passed comes again after 65,536 chains.

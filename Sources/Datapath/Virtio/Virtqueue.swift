@@ -46,6 +46,17 @@ public protocol Virtqueue: ~Copyable {
   /// would be lost to a device that goes on from here.
   var base: UInt32 { get }
 
+  /// Bytes of the notes of one queue in flight, a whole number of cache lines: the notes of the queues lie one behind
+  /// the other.
+  static func inFlightBytes(size: Int) -> Int
+  /// Notes the chains in flight from now on, for a device that goes on when this one ended without a farewell; first
+  /// takes up what notes are there. Before any chain is taken.
+  /// - Parameter region: `inFlightBytes`, aligned to 8, which stay mapped; all zero where nothing was noted yet. Shared
+  ///   with the frontend.
+  /// - Returns: how many chains a device before took and did not give back: `next` brings these first.
+  /// - Throws: `inFlightNotes` where the notes cannot be of this ring. The queue is as it was.
+  mutating func trackInFlight(_ region: UnsafeMutableRawPointer) throws(VirtqueueError) -> Int
+
   /// Notes writes to the ring itself in the dirty log, from now on or, with nil, no longer.
   mutating func logWrites(_ addresses: VirtqueueLogAddresses?)
 }
@@ -113,6 +124,7 @@ public enum VirtqueueError: Error, Equatable, CustomStringConvertible {
   case size(Int)
   case misaligned(String, bytes: Int)
   case base(UInt32)
+  case inFlightNotes
 
   public var description: String {
     switch self {
@@ -122,6 +134,8 @@ public enum VirtqueueError: Error, Equatable, CustomStringConvertible {
       "cannot use the ring: its \(area) area is not aligned to \(bytes) bytes"
     case .base(let base):
       "cannot go on with the ring at \(base): that is not on it"
+    case .inFlightNotes:
+      "cannot take up the chains in flight: their notes are not of this ring, or are damaged; reset the device"
     }
   }
 }
@@ -167,8 +181,8 @@ public struct VirtqueueMark: BitwiseCopyable, Sendable {
   var available: UInt16
   /// Packed: the bits of an available descriptor in this round.
   var availableBits: UInt16 = 0
-  /// Packed: chains that were ever taken.
-  var takenTotal = 0
+  /// Chains that were ever taken.
+  var takenTotal: Int
 }
 
 /// The words of a descriptor, which both kinds of rings share (virtio 1.2 §2.7.5 and §2.8.13).

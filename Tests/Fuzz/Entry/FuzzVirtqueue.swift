@@ -1,7 +1,7 @@
 import CLinux
 import Datapath
 
-/// A guest's memory with a ring in it: a byte of choices, one of the ring's size, then the memory from its first byte on.
+/// A guest's memory with a ring in it: a byte of choices, one of the ring's size, then the memory from its start on.
 /// Choices: bit 0 a packed ring; bit 1 event indices; bit 2 indirect descriptors.
 ///
 /// The guest has 4096 bytes at address 0, in two regions that lie apart with us. The descriptors are at its start, what
