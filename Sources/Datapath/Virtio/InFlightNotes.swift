@@ -326,7 +326,7 @@ extension InFlightNotes {
     unsafe SharedWord.store16(free, at: region + Packed.oldFree)
   }
 
-  /// A descriptor of a chain that is being taken goes to the first free entry or the one behind the last that it went to.
+  /// A descriptor of a chain that is being taken goes to the first free entry or the one behind the last it went to.
   /// - Parameter cursor: the entry; nil for the chain's first descriptor.
   mutating func fillPacked(
     _ cursor: inout UInt16?, address: UInt64, bytes: UInt32, identifier: UInt16, flags: UInt16

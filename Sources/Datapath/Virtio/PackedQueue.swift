@@ -1,9 +1,9 @@
 import CLinux
 import Synchronization
 
-/// A packed ring (virtio 1.2 §2.8): one ring of descriptors that both sides write. Two bits of each tell, with the count
-/// of rounds, whose it is; a chain is consecutive descriptors, and is given back in the place of the oldest that was
-/// taken, whichever chain that was.
+/// A packed ring (virtio 1.2 §2.8): one ring of descriptors that both sides write. Two bits of each tell, with the
+/// count of rounds, whose it is; a chain is consecutive descriptors, and is given back in the place of the oldest that
+/// was taken, whichever chain that was.
 @safe
 public struct PackedQueue: Virtqueue, ~Copyable, @unchecked Sendable {
   private let descriptors: UnsafeMutableRawPointer

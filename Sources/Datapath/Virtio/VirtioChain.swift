@@ -1,8 +1,8 @@
 import CLinux
 import Glibc
 
-/// One buffer that a driver made available: the pieces of memory that the device may read, then those that it may write,
-/// as they were when the chain was taken. Made once and used again for every chain.
+/// One buffer that a driver made available: the pieces of memory that the device may read, then those that it may
+/// write, as they were when the chain was taken. Made once and used again for every chain.
 ///
 /// The bytes in the pieces are the guest's, which may write them at any time.
 @safe

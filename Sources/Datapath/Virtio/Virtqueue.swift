@@ -15,8 +15,8 @@ public protocol Virtqueue: ~Copyable {
   /// Places on the ring.
   var size: Int { get }
 
-  /// Takes the next chain that the driver made available. After a fault the ring is where it was, and asking again tells
-  /// the same as long as the driver leaves it so: the queue is to be stopped.
+  /// Takes the next chain that the driver made available. After a fault the ring is where it was, and asking again
+  /// tells the same as long as the driver leaves it so: the queue is to be stopped.
   mutating func next(_ memory: GuestMemory.Reference, into chain: inout VirtioChain) -> VirtqueueResult
 
   /// Where the queue stands, to come back to.
