@@ -202,7 +202,8 @@ import Testing
     #expect(reply.payload.count == 20)
     let made = try VhostUserMessage(.init(request: 31, payloadBytes: 20), payload: reply.payload)
     guard case .getInflight(let inflight) = made else { return }
-    frontend.send(.setInflight(inflight), needsReply: true, [OwnedDescriptor(dup(try #require(reply.descriptor).number))])
+    frontend.send(
+      .setInflight(inflight), needsReply: true, [OwnedDescriptor(dup(try #require(reply.descriptor).number))])
     #expect(frontend.lastNumber == 0)
     for queue in 0..<2 {
       frontend.send(.setQueueAddresses(VhostUserConversation.addresses(queue)), needsReply: true)

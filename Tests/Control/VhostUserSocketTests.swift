@@ -1,6 +1,7 @@
 import CLinux
 import Datapath
 import Glibc
+import TestSupport
 import Testing
 
 @testable import Control
@@ -235,6 +236,49 @@ private final class Backend {
     frontend.send(.getQueuePairsMax)
     backend.run()
     #expect(frontend.replyNumber() == 2)
+  }
+
+  /// Messages that make sense, with bytes changed, cut anywhere, and with descriptors where nobody expects them.
+  @Test(arguments: [UInt64](1...4))
+  func noBytesBreakASocketOrLeaveSomethingOpen(_ seed: UInt64) throws {
+    var random = SeededRandom(seed: seed)
+    let path = path("bytes-\(seed)")
+    let name = "vhost-user-bytes-\(seed)"
+    let file = SharedFile(name)
+    let backend = try Backend(path: path)
+    for _ in 0..<100 {
+      let frontend = try #require(VhostUserFrontend(path: path))
+      if Bool.random(using: &random) { start(frontend, file) }
+      for _ in 0..<Int.random(in: 1...30, using: &random) {
+        let message = VhostUserMessage.oneOfEach.randomElement(using: &random)!
+        var bytes = message.bytes(needsReply: .random(using: &random))
+        var count = message.descriptorCounts.lowerBound
+        switch Int.random(in: 0..<12, using: &random) {
+        case 0: bytes[Int.random(in: 0..<12, using: &random)] = .random(in: 0...255, using: &random)
+        case 1...3: bytes[bytes.count - 1 - Int.random(in: 0..<bytes.count, using: &random)] ^= 1 << 4
+        case 4: bytes = Array(bytes.prefix(Int.random(in: 1...bytes.count, using: &random)))
+        case 5: count = Int.random(in: 0...10, using: &random)
+        default: break
+        }
+        let half = Int.random(in: 1...bytes.count, using: &random)
+        let descriptors = (0..<count).map { _ in file.descriptor }
+        guard frontend.send(Array(bytes[..<half]), descriptors) == half else { break }
+        if Bool.random(using: &random) { backend.run() }
+        if half < bytes.count { guard frontend.send(Array(bytes[half...])) > 0 else { break } }
+        backend.run()
+        while !frontend.isClosed, frontend.reply() != nil {}
+      }
+    }
+    backend.run()
+    let effects = backend.takeEffects()
+    #expect(effects.count { $0 == "connected" } == effects.count { $0 == "disconnected" })
+    #expect(effects.contains { $0.hasPrefix("broken") } && effects.contains { $0.hasPrefix("refused") })
+    #expect(SharedFile.openCount(name) == 1)
+    #expect(SharedFile.mappedCount(name) == 0)
+    let next = try #require(VhostUserFrontend(path: path))
+    next.send(.getQueuePairsMax)
+    backend.run()
+    #expect(next.replyNumber() == 2)
   }
 
   @Test func messagesWaitWhileAWorkerIsSlowAndTheEndIsSeenAllTheSame() throws {
