@@ -34,7 +34,7 @@
 
 // ---- One send, as the kernel reads it: it must not move until its completion came. ----
 
-#define CLINUX_SEND_VECTORS_MAX 18
+#define CLINUX_SEND_VECTORS_MAX 22
 #define CLINUX_SEND_HEADER_BYTES 208  // 16 of encapsulation or virtio header, 192 of a segment's headers
 #define CLINUX_SEND_CONTROL_BYTES 32
 

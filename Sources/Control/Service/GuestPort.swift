@@ -12,16 +12,18 @@ final class GuestPort {
   struct Place {
     var interface: InterfaceIndex
     var domain: DomainIndex
-    /// Of the ring that the guest transmits by.
-    var source: Int
-    /// Of the kicks of the ring that it receives by.
-    var kickSource: Int
-    var lane: Int
+    /// Two for each pair of queues: the ring that the guest transmits by, and the kicks of the one that it receives by.
+    var sourceFirst: Int
+    /// One for each pair.
+    var laneFirst: Int
   }
 
-  private enum Number {
-    static let receive = 0
-    static let transmit = 1
+  /// What the port is to those who send to it, which changes with its guest.
+  struct Abilities: Equatable {
+    /// Pairs of queues, from the first on, whose ring the guest receives by.
+    var laneCount = 0
+    var takesTCPSuperFrames = false
+    var takesUDPSuperFrames = false
   }
 
   private struct Parameters {
@@ -61,22 +63,34 @@ final class GuestPort {
   private let place: Place
   private let worker: WorkerThread
   private let log: Logger
-  private var queues = [Queue(), Queue()]
+  /// Tells all workers what the port is from now on.
+  private let announce: (Abilities) -> Void
+  private var abilities = Abilities()
+  private var features = VhostUserFeatures()
+  /// By number: even ones the guest receives by, odd ones it transmits by (virtio 1.2 §5.1.2).
+  private var queues: [Queue]
   /// Of changes that are not yet in force.
   private var version: UInt64?
 
-  init(name: String, path: String, place: Place, worker: WorkerThread, log: Logger) throws(PortError) {
-    self.name = name
+  init(
+    _ port: Configuration.Port, mtuBytes: Int, place: Place, worker: WorkerThread, log: Logger,
+    announce: @escaping (Abilities) -> Void
+  ) throws(PortError) {
+    name = port.name
     self.place = place
     self.worker = worker
     self.log = log
-    var settings = VhostUserSession.Settings()
-    settings.features = [
-      .version1, .mergeableReceiveBuffers, .checksum, .guestChecksum, .indirectDescriptors, .eventIndex, .packedRing,
-      .protocolFeatures,
-    ]
-    settings.protocolFeatures = [.replyAcknowledge, .configureMemorySlots, .status, .resetDevice]
-    socket = try VhostUserSocket(.server, path: path, settings: settings)
+    self.announce = announce
+    queues = [Queue](repeating: Queue(), count: 2 * port.queues)
+    var features = VhostUserFeatures.served
+    features.remove(.logAll)
+    if !port.offloads { features.subtract(.offloads) }
+    socket = try VhostUserSocket(
+      .server, path: port.socket,
+      settings: VhostUserSession.Settings(
+        queuePairsMax: port.queues, features: features,
+        protocolFeatures: [.multiQueue, .replyAcknowledge, .mtu, .configureMemorySlots, .status, .resetDevice],
+        mtuBytesMax: mtuBytes))
   }
 
   /// Does what can be done now.
@@ -85,14 +99,38 @@ final class GuestPort {
   /// Whether a report is about this port; then it is dealt with.
   func takes(_ report: Report) -> Bool {
     switch report {
-    case .sourceClosed(place.source): answered(Number.transmit)
-    case .sourceClosed(place.kickSource), .laneClosed(place.lane): answered(Number.receive)
-    case .sourceFailed(place.source, let error): failed(Number.transmit, error)
-    case .laneFailed(place.lane, let error): failed(Number.receive, error)
+    case .sourceClosed(let source):
+      guard let number = queue(ofSource: source) else { return false }
+      answered(number)
+    case .laneClosed(let lane):
+      guard let number = queue(ofLane: lane) else { return false }
+      answered(number)
+    case .sourceFailed(let source, let error):
+      guard let number = queue(ofSource: source) else { return false }
+      failed(number, error)
+    case .laneFailed(let lane, let error):
+      guard let number = queue(ofLane: lane) else { return false }
+      failed(number, error)
     default: return false
     }
     return true
   }
+
+  private func queue(ofSource source: Int) -> Int? {
+    let number = source - place.sourceFirst
+    guard queues.indices.contains(number) else { return nil }
+    // Of each pair, first the ring that the guest transmits by.
+    return number ^ 1
+  }
+
+  private func queue(ofLane lane: Int) -> Int? {
+    let number = 2 * (lane - place.laneFirst)
+    return queues.indices.contains(number) ? number : nil
+  }
+
+  private func source(ofQueue number: Int) -> Int { place.sourceFirst + (number ^ 1) }
+  private func lane(ofQueue number: Int) -> Int { place.laneFirst + number / 2 }
+  private func isFromGuest(_ number: Int) -> Bool { number % 2 == 1 }
 
   private func carryOut(_ effects: [VhostUserEffect]) {
     var effects = effects[...]
@@ -128,7 +166,11 @@ final class GuestPort {
       return change(version, of: queue) { $1.kick = kick }
     case .callChanged(let queue, let call, let version):
       return change(version, of: queue) { $1.call = call }
-    case .featuresAgreed(_, let version), .logChanged(_, let version), .usedLogChanged(_, _, let version),
+    case .featuresAgreed(let features, let version):
+      self.features = features
+      announceAbilities()
+      return change(version, of: queues.count) { _, _ in }
+    case .logChanged(_, let version), .usedLogChanged(_, _, let version),
       .errorChanged(_, _, let version):
       return change(version, of: queues.count) { _, _ in }
     case .sendRARP, .mtuChanged, .reset: break
@@ -173,35 +215,45 @@ final class GuestPort {
   }
 
   private func lend(_ number: Int) {
-    guard let parameters = queues[number].parameters, let ring = makeRing(parameters, number) else { return }
+    guard let parameters = queues[number].parameters else { return }
+    guard parameters.start.features.headerBytes == OffloadHeader.bytes else {
+      return refuse(number, "its driver is from before virtio 1.0 and merges no receive buffers")
+    }
+    guard let ring = makeRing(parameters, number) else {
+      return refuse(number, "its rings do not lie in the memory that the VMM shares")
+    }
     queues[number].isStale = false
     queues[number].lent = Lent(ring: ring, memory: parameters.memory, kick: parameters.kick, call: parameters.call)
-    if number == Number.transmit {
+    if isFromGuest(number) {
       worker.send(
-        .openGuestSource(place.source, interface: place.interface, domain: place.domain, ring.reference), wakes: false)
+        .openGuestSource(
+          source(ofQueue: number), interface: place.interface, domain: place.domain, ring.reference), wakes: false)
     } else {
-      worker.send(.openGuestLane(place.lane, interface: place.interface, ring.reference), wakes: false)
+      worker.send(
+        .openGuestLane(lane(ofQueue: number), interface: place.interface, ring.reference), wakes: false)
       if ring.kick >= 0 {
         worker.send(
           .openSource(
-            place.kickSource, .waker, interface: place.interface, domain: place.domain, descriptor: ring.kick),
+            source(ofQueue: number), .waker, interface: place.interface, domain: place.domain, descriptor: ring.kick),
           wakes: false)
       }
     }
+    announceAbilities()
     worker.wake()
     log.debug("a ring runs", metadata: ["port": "\(name)", "queue": "\(number)", "size": "\(parameters.start.size)"])
   }
 
   private func takeBack(_ number: Int, _ lent: Lent) {
     var lent = lent
-    if number == Number.transmit {
-      worker.send(.closeSource(place.source), wakes: false)
-      lent.answersLeft = 1
+    lent.answersLeft = 1
+    queues[number].lent = lent
+    announceAbilities()
+    if isFromGuest(number) {
+      worker.send(.closeSource(source(ofQueue: number)), wakes: false)
     } else {
-      worker.send(.closeLane(place.lane), wakes: false)
-      lent.answersLeft = 1
+      worker.send(.closeLane(lane(ofQueue: number)), wakes: false)
       if lent.ring.kick >= 0 {
-        worker.send(.closeSource(place.kickSource), wakes: false)
+        worker.send(.closeSource(source(ofQueue: number)), wakes: false)
         lent.answersLeft = 2
       }
     }
@@ -229,8 +281,26 @@ final class GuestPort {
     queues[number].parameters?.base = lent.ring.base
     queues[number].parameters?.isEnabled = false
     queues[number].lent = nil
+    announceAbilities()
     carryOut(settle(number))
     carryOut(adoptIfAll())
+  }
+
+  private func refuse(_ number: Int, _ why: String) {
+    log.warning(
+      "a guest's ring is not served", metadata: ["port": "\(name)", "queue": "\(number)", "why": "\(why)"])
+    queues[number].parameters?.isEnabled = false
+  }
+
+  private func announceAbilities() {
+    let pairs = queues.indices.filter { !isFromGuest($0) }
+    let abilities = Abilities(
+      laneCount: pairs.prefix { queues[$0].lent != nil && !queues[$0].isLeaving }.count,
+      takesTCPSuperFrames: features.isSuperset(of: [.guestChecksum, .guestTSO4, .guestTSO6]),
+      takesUDPSuperFrames: features.isSuperset(of: [.guestChecksum, .guestUSO4, .guestUSO6]))
+    guard abilities != self.abilities else { return }
+    self.abilities = abilities
+    announce(abilities)
   }
 
   /// Tells that a change is in force, when no worker has anything of before.
@@ -262,7 +332,7 @@ final class GuestPort {
     return unsafe GuestRing(
       VirtqueueAreas(size: start.size, descriptor: descriptor, driver: driver, device: device), features: features,
       base: parameters.base, mergesBuffers: start.features.contains(.mergeableReceiveBuffers),
-      isFromGuest: number == Number.transmit, memory: table, kick: parameters.kick?.number ?? -1,
+      isFromGuest: isFromGuest(number), memory: table, kick: parameters.kick?.number ?? -1,
       call: parameters.call?.number ?? -1)
   }
 }

@@ -5,7 +5,7 @@ import Datapath
 /// - Interfaces: the ports in order, then the links.
 /// - Sources, the same at each worker: control's waker, the underlay's socket of each family and encapsulation, then
 ///   each queue of each port. Only receivers open any but the first.
-/// - Lanes, the same at each worker: one for each port, then one for each source port of each link. Only transmitters
+/// - Lanes, the same at each worker: one for each port (of a vhost-user port, for each pair of queues), then one for each source port of each link. Only transmitters
 ///   open any.
 struct Plan {
   let ports: [Configuration.Port]
@@ -24,6 +24,8 @@ struct Plan {
   private let workerSet: WorkerSet
   private let firstQueueSource: [Int]
   private let sourcesUsed: Int
+  private let firstLane: [Int]
+  private let portLanes: Int
 
   /// - Parameter allowed: the CPUs that this process may use, ascending.
   init(_ configuration: Configuration, allowed: [Int]) {
@@ -51,6 +53,12 @@ struct Plan {
       next += port.kind == .vhostUser ? 2 * port.queues : port.queues
     }
     firstQueueSource = first
+    var lanes = 0
+    firstLane = ports.map { port in
+      defer { lanes += port.kind == .vhostUser ? port.queues : 1 }
+      return lanes
+    }
+    portLanes = lanes
     sourcesUsed = next
   }
 
@@ -117,14 +125,14 @@ struct Plan {
     return (port, source - firstQueueSource[port])
   }
 
-  func lane(port: Int) -> Int { port }
-  func lane(link: Int, sourcePort: Int) -> Int { ports.count + link * sourcePorts + sourcePort }
+  func lane(port: Int) -> Int { firstLane[port] }
+  func lane(link: Int, sourcePort: Int) -> Int { portLanes + link * sourcePorts + sourcePort }
   /// The port of a lane; nil for a link's.
-  func port(ofLane lane: Int) -> Int? { lane < ports.count ? lane : nil }
+  func port(ofLane lane: Int) -> Int? { lane < portLanes ? firstLane.lastIndex { $0 <= lane } : nil }
 
   var interfaceCount: Int { ports.count + links.count }
   var sourceCount: Int { sourcesUsed }
-  var laneCount: Int { ports.count + links.count * sourcePorts }
+  var laneCount: Int { portLanes + links.count * sourcePorts }
 
   // MARK: Who does what
 

@@ -80,6 +80,8 @@ public final class Service {
     /// Answers of workers that are still to come before the descriptors can be closed.
     var closing = 0
     var isDown = false
+    /// Of a vhost-user port.
+    var guest = GuestPort.Abilities()
     /// Frames that the kernel dropped before a packet socket's worker took them.
     var receiveBufferDrops = 0
   }
@@ -335,11 +337,17 @@ public final class Service {
       }
       let place = GuestPort.Place(
         interface: plan.interface(port: port), domain: plan.domain(ofPort: port),
-        source: plan.source(port: port, queue: 0), kickSource: plan.source(port: port, queue: 1),
-        lane: plan.lane(port: port))
+        sourceFirst: plan.source(port: port, queue: 0), laneFirst: plan.lane(port: port))
       guests.append(
         try GuestPort(
-          name: plan.ports[port].name, path: plan.ports[port].socket, place: place, worker: workers[0], log: log))
+          plan.ports[port], mtuBytes: ports[port].mtuBytes, place: place, worker: workers[0], log: log
+        ) { [unowned self] abilities in
+          ports[port].guest = abilities
+          for worker in workers {
+            worker.send(
+              .addInterface(plan.interface(port: port), record(ofPort: port, at: worker.plan.number)), wakes: true)
+          }
+        })
       log.info(
         "port",
         metadata: [
@@ -367,10 +375,11 @@ public final class Service {
   }
 
   private func record(ofPort port: Int, at worker: Int) -> InterfaceRecord {
-    InterfaceRecord(
-      plan.ports[port].kind.record, laneFirst: plan.lane(port: port), laneCount: 1, mtuBytes: ports[port].mtuBytes,
-      takesSuperFrames: plan.ports[port].offloads && plan.ports[port].kind != .vhostUser,
-      takesUDPSuperFrames: ports[port].device?.takesUDPSuperFrames ?? true,
+    let guest = plan.ports[port].kind == .vhostUser ? ports[port].guest : nil
+    return InterfaceRecord(
+      plan.ports[port].kind.record, laneFirst: plan.lane(port: port), laneCount: guest?.laneCount ?? 1,
+      mtuBytes: ports[port].mtuBytes, takesSuperFrames: guest?.takesTCPSuperFrames ?? plan.ports[port].offloads,
+      takesUDPSuperFrames: guest?.takesUDPSuperFrames ?? ports[port].device?.takesUDPSuperFrames ?? true,
       counters: interfaceCounters[worker][plan.interface(port: port).index].writer)
   }
 

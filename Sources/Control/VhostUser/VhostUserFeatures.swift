@@ -43,6 +43,12 @@ public struct VhostUserFeatures: OptionSet, Hashable, Sendable {
     .packedRing, .guestUSO4, .guestUSO6, .hostUSO,
   ]
 
+  /// Checksums and super-frames that the other side finishes.
+  public static let offloads: Self = [
+    .checksum, .guestChecksum, .guestTSO4, .guestTSO6, .guestECN, .hostTSO4, .hostTSO6, .hostECN, .guestUSO4,
+    .guestUSO6, .hostUSO,
+  ]
+
   /// Bytes of the header in front of each frame on the rings: `virtio_net_hdr_v1`, or the shorter one of drivers from
   /// before virtio 1.0 that do not merge receive buffers (virtio 1.2 §5.1.6.1).
   public var headerBytes: Int { isDisjoint(with: [.version1, .mergeableReceiveBuffers]) ? 10 : 12 }

@@ -125,7 +125,7 @@ struct TransmitStage: ~Copyable {
   ) {
     let record = counters[egress]
     let goesWhole = record.takesWhole(isUDP: descriptor.offload.segmentation == .udp)
-    guard let whole = superFrame(descriptor, mustBeInOnePiece: !goesWhole, memory) else {
+    guard let whole = superFrame(descriptor, memory) else {
       // Whoever sent it is to blame, not where it would go: it was never offered here.
       return drop(.dropBadOffload, descriptor, descriptor.ingress, &memory, counters)
     }
@@ -204,13 +204,9 @@ struct TransmitStage: ~Copyable {
   }
 
   /// Where the parts of a super-frame lie; nil when it cannot be cut into as many frames as it is counted as.
-  private func superFrame(
-    _ descriptor: Descriptor, mustBeInOnePiece: Bool, _ memory: borrowing FrameMemory
-  ) -> SuperFrame? {
+  private func superFrame(_ descriptor: Descriptor, _ memory: borrowing FrameMemory) -> SuperFrame? {
     let head = memory.head(of: descriptor)
-    let frameBytes = Int(descriptor.length)
-    guard !mustBeInOnePiece || head.byteCount == frameBytes,
-      let whole = SuperFrame(headers: head, frameBytes: frameBytes, descriptor.offload),
+    guard let whole = SuperFrame(headers: head, frameBytes: Int(descriptor.length), descriptor.offload),
       whole.segmentCount == Int(descriptor.wireFrames)
     else { return nil }
     return whole

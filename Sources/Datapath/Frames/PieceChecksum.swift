@@ -18,17 +18,20 @@ extension FrameMemory {
     guard header.checksumFits(frameBytes: Int(descriptor.length)), place + 2 <= head(of: descriptor).byteCount else {
       return false
     }
-    let sum = sum(of: descriptor, from: start)
+    var rest = descriptor
+    rest.offset += UInt32(truncatingIfNeeded: start)
+    rest.length -= UInt32(truncatingIfNeeded: start)
+    let sum = sum(of: rest)
     var head = mutableHead(of: descriptor)
     header.storeChecksum(sum, in: &head)
     return true
   }
 
-  /// The Internet checksum's sum over a frame in several segments, from an offset to its end.
-  private func sum(of descriptor: Descriptor, from start: Int) -> UInt64 {
+  /// The Internet checksum's sum over bytes that lie in several segments of a buffer.
+  func sum(of descriptor: Descriptor) -> UInt64 {
     var sum: UInt64 = 0
-    var skip = Int(descriptor.offset) + start
-    var left = Int(descriptor.length) - start
+    var skip = Int(descriptor.offset)
+    var left = Int(descriptor.length)
     var isOdd = false
     for number in 0..<Int(descriptor.segments) where left > 0 {
       let segment = unsafe segment(number, of: descriptor.buffer)

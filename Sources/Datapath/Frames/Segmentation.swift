@@ -122,8 +122,20 @@ public struct SuperFrame: BitwiseCopyable, Hashable, Sendable {
     ofSegment number: Int, of frame: RawSpan, into headers: inout MutableRawSpan, at offset: Int = 0
   ) -> Int {
     precondition(frame.byteCount == frameBytes, "another frame than the one that was looked at")
-    headers.preconditionFits(headerBytes, at: offset)
     let start = payloadOffset(ofSegment: number)
+    let end = start &+ payloadBytes(ofSegment: number)
+    let sum = InternetChecksum.sum(unsafe frame.extracting(unchecked: start..<end))
+    return writeHeaders(ofSegment: number, of: frame, payloadSum: sum, into: &headers, at: offset)
+  }
+
+  /// The same for a frame of which only the first bytes are at hand, with the sum of the segment's payload.
+  /// - Parameter frame: at least its headers: traps where it has fewer than ``headerBytes``.
+  @inlinable
+  public func writeHeaders(
+    ofSegment number: Int, of frame: RawSpan, payloadSum: UInt64, into headers: inout MutableRawSpan, at offset: Int
+  ) -> Int {
+    precondition(frame.byteCount >= headerBytes, "a super-frame's headers are cut off")
+    headers.preconditionFits(headerBytes, at: offset)
     let payloadBytes = payloadBytes(ofSegment: number)
     headers.copy(headerBytes, of: frame, to: offset)
     let transportBytes = headerBytes &- transportOffset
@@ -164,10 +176,10 @@ public struct SuperFrame: BitwiseCopyable, Hashable, Sendable {
     }
     let pseudoHeader = unsafe frame.networkUInt16(at: transportOffset &+ checksum)
     unsafe headers.storeNetwork(UInt16(0), at: transport &+ checksum)
-    var sum = UInt64(pseudoHeader) &+ UInt64(~wholeBytes) &+ UInt64(transportBytes &+ payloadBytes)
+    var sum = UInt64(InternetChecksum.fold(payloadSum)) &+ UInt64(pseudoHeader) &+ UInt64(~wholeBytes)
     sum = InternetChecksum.sum(
-      unsafe headers.bytes.extracting(unchecked: transport..<transport &+ transportBytes), initial: sum)
-    sum = InternetChecksum.sum(unsafe frame.extracting(unchecked: start..<start &+ payloadBytes), initial: sum)
+      unsafe headers.bytes.extracting(unchecked: transport..<transport &+ transportBytes),
+      initial: sum &+ UInt64(transportBytes &+ payloadBytes))
     unsafe headers.storeNetwork(InternetChecksum.finishTransport(sum), at: transport &+ checksum)
     return offset &+ headerBytes
   }

@@ -278,7 +278,7 @@ public struct SendPool: ~Copyable, @unchecked Sendable {
   /// the buffer only.
   /// - Parameters:
   ///   - number: of the segment.
-  ///   - whole: what `descriptor` names, all of whose bytes are in one piece: traps where they are not.
+  ///   - whole: what `descriptor` names.
   /// - Returns: false when the payload is in more pieces than a send takes.
   public mutating func fill(
     _ operation: Int, segment number: Int, of whole: SuperFrame, _ descriptor: Descriptor, egress: InterfaceIndex,
@@ -287,11 +287,16 @@ public struct SendPool: ~Copyable, @unchecked Sendable {
     store(header, operation)
     var room = unsafe MutableRawSpan(
       _unsafeStart: clinux_send_header(self.operation(operation))!, byteCount: Int(CLINUX_SEND_HEADER_BYTES))
-    let headerBytes = whole.writeHeaders(
-      ofSegment: number, of: memory.head(of: descriptor), into: &room, at: Int(header.count))
+    let payloadOffset = whole.payloadOffset(ofSegment: number)
     var payload = descriptor
-    payload.offset += UInt32(truncatingIfNeeded: whole.payloadOffset(ofSegment: number))
+    payload.offset += UInt32(truncatingIfNeeded: payloadOffset)
     payload.length = UInt32(truncatingIfNeeded: whole.payloadBytes(ofSegment: number))
+    let head = memory.head(of: descriptor)
+    let headerBytes =
+      head.byteCount == whole.frameBytes
+      ? whole.writeHeaders(ofSegment: number, of: head, into: &room, at: Int(header.count))
+      : whole.writeHeaders(
+        ofSegment: number, of: head, payloadSum: memory.sum(of: payload), into: &room, at: Int(header.count))
     guard setMessage(operation, headerBytes, payload: payload, kind, memory) else { return false }
     var segment = descriptor
     segment.wireFrames = 1

@@ -9,9 +9,9 @@ import Glibc
 /// ours: the port copies the frame's headers there once, so that the guest cannot change what was parsed.
 @safe
 public final class ForeignMemory: @unchecked Sendable {
-  /// Segments of one buffer: the header copy and up to 16 pieces of payload, one less than the 18 vectors that a send
-  /// takes.
-  public static let segmentsMax = 17
+  /// Segments of one buffer: the header copy and up to 20 pieces of payload, together one less than the 22 vectors that
+  /// a send takes. Linux sends a super-frame in up to 18 pieces (`MAX_SKB_FRAGS` of linux/skbuff.h, and the head).
+  public static let segmentsMax = 21
   /// Private copy of a frame's headers: Ethernet, two tags, IPv6 with extension headers, TCP with options.
   public static let headerCopyBytes = 256
 
@@ -25,7 +25,7 @@ public final class ForeignMemory: @unchecked Sendable {
   fileprivate struct Buffer {
     var holds: UInt32 = 0
     var segmentCount: UInt16 = 0
-    var segments = unsafe InlineArray<17, iovec>(repeating: unsafe iovec())
+    var segments = unsafe InlineArray<21, iovec>(repeating: unsafe iovec())
   }
 
   public init(bufferCount: Int) {

@@ -356,14 +356,17 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
       unsafe vectors[0] = unsafe iovec(iov_base: start, iov_len: count)
       return 1
     }
-    guard Int(descriptor.segments) <= room else { return nil }
     let memory = foreignMemory(descriptor.buffer)
     var left = Int(descriptor.length)
     var skip = Int(descriptor.offset)
     var used = 0
     for number in 0..<Int(descriptor.segments) where left > 0 {
       let segment = unsafe memory.segment(number, of: Int(descriptor.buffer.index))
-      unsafe precondition(skip <= segment.iov_len, "a descriptor leaves its segment")
+      guard unsafe skip < segment.iov_len else {
+        skip -= unsafe segment.iov_len
+        continue
+      }
+      guard used < room else { return nil }
       let count = unsafe min(left, segment.iov_len - skip)
       unsafe vectors[used] = unsafe iovec(iov_base: segment.iov_base + skip, iov_len: count)
       used += 1
