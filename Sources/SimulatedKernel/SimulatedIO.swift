@@ -436,7 +436,7 @@ public struct SimulatedIO: ~Copyable, WorkerIO {
     case .tap: EIO
     // The device went down; or the next frame is a super-frame that no virtio header can tell.
     case .packet: network.chance(0.5) ? ENETDOWN : EINVAL
-    case .vxlan, .vnetp, .waker: ECONNREFUSED
+    case .vxlan, .vnetp, .waker, .guest: ECONNREFUSED
     }
   }
 

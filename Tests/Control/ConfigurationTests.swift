@@ -132,7 +132,9 @@ let least = """
           ],
           ports: [
             .init(
-              name: "vm1", kind: .tap, device: "vm1", domain: "blue", queues: 1, mtuBytes: nil, offloads: true,
+              name: "vm1", kind: .tap, device: "vm1", socket: "/run/vnetr/vm1.sock", domain: "blue", queues: 1,
+              mtuBytes: nil,
+              offloads: true,
               mac: nil)
           ],
           links: [], routes: [], passthroughs: [],
@@ -346,13 +348,13 @@ extension String {
     + "ring_entries, batch_frames, batch_wait_us, slots, ring_depth_frames, ring_batch_frames, send_buffer_bytes, "
     + "receive_buffer_bytes, source_ports, gso, gro, huge_pages, without"
 
-  static let notSupported = [
-    Mistake(
-      "name = \"vm1\"", "name = \"vm1\"\nkind = \"vhost-user\"",
-      "port[0].kind: \"vhost-user\" is not supported yet by this version; use one of \"tap\", \"packet\""),
+  static let sockets = [
     Mistake(
       "name = \"vm1\"", "name = \"vm1\"\nsocket = \"/run/x\"",
-      "port[0].socket: it is not supported yet by this version; leave it out"),
+      "port[0].socket: only a vhost-user port has a socket; leave it out, or set kind = \"vhost-user\""),
+    Mistake(
+      "name = \"vm1\"", "name = \"vm1\"\nkind = \"vhost-user\"\nsocket = \"x.sock\"",
+      "port[0].socket: \"x.sock\" is no socket's path; use an absolute path of at most 107 bytes"),
   ]
 
   static let typesAndRanges = [
@@ -534,7 +536,7 @@ extension String {
   ]
 
   @Test(
-    arguments: unknownKeysAndSections + notSupported + typesAndRanges + names + domains + addresses + tuning)
+    arguments: unknownKeysAndSections + sockets + typesAndRanges + names + domains + addresses + tuning)
   func oneMistakeGivesOneErrorWithItsKeyPathAndWhatWouldBeRight(_ mistake: Mistake) throws {
     let text = try #require(mistake.made(in: sound), "nothing to replace")
     #expect(errors(text) == ["f.toml: " + mistake.expected])

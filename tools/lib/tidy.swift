@@ -149,7 +149,7 @@ func identifiers(in line: Substring) -> [(word: Substring, before: Substring, af
 
 /// Lowest first: each may use those before it.
 let modules = ["CLinux", "Datapath", "SimulatedKernel", "Control", "vnetr"]
-let datapathLayers = ["Memory", "Frames", "Routing", "IO", "Ports", "Forwarder"]
+let datapathLayers = ["Memory", "Virtio", "Frames", "Routing", "IO", "Ports", "Forwarder"]
 
 func moduleDirection(_ tree: Tree) -> [String] {
   modules.indices.flatMap { level in

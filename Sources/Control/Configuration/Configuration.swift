@@ -70,6 +70,8 @@ public struct Configuration: Equatable, Sendable {
     public var kind: PortKind
     /// The network device's name: 1 to 15 bytes.
     public var device: String
+    /// The path of a vhost-user port's socket; of no meaning for others.
+    public var socket: String
     /// The name of the domain that it belongs to; nil: it is an end of exactly one passthrough.
     public var domain: String?
     /// How many queues the device has, each read by one worker.
@@ -173,6 +175,7 @@ public struct Configuration: Equatable, Sendable {
   public enum PortKind: String, CaseIterable, Sendable {
     case tap
     case packet
+    case vhostUser = "vhost-user"
   }
 
   public enum Encapsulation: String, CaseIterable, Sendable {

@@ -40,6 +40,7 @@ struct Draft {
   mutating func finish(_ environment: ConfigurationEnvironment) throws(ConfigurationErrors) -> Configuration {
     checkNames()
     checkDevices()
+    checkSockets()
     checkPassthroughs()
     checkDomains()
     let macs = makeMACs()
@@ -90,9 +91,33 @@ extension Draft {
     }
   }
 
+  /// Of vhost-user ports.
+  private mutating func checkSockets() {
+    var owners: [String: String] = [:]
+    for fields in ports where !fields.isInvalid("socket") {
+      let place = fields.place(of: "socket")
+      guard fields.string("kind") == "vhost-user" else {
+        if !fields.isAbsent("socket") {
+          reader.report(place, "only a vhost-user port has a socket", "leave it out, or set kind = \"vhost-user\"")
+        }
+        continue
+      }
+      guard let path = fields.string("socket") ?? fields.string("name").map(Schema.socketPath(port:)) else { continue }
+      if !path.hasPrefix("/") || path.utf8.count > Schema.socketPathBytesMax {
+        reader.report(
+          fields.isAbsent("socket") ? fields.place(of: "name") : place, "\"\(path.printable)\" is no socket's path",
+          "use an absolute path of at most \(Schema.socketPathBytesMax) bytes")
+      } else if let owner = owners[path] {
+        reader.report(place, "\(path.printable) is taken by \(owner)", "give each port a socket of its own")
+      } else {
+        owners[path] = place.keyPath
+      }
+    }
+  }
+
   private mutating func checkDevices() {
     var owners: [String: Fields] = [:]
-    for fields in ports where !fields.isInvalid("device") {
+    for fields in ports where !fields.isInvalid("device") && fields.string("kind") != "vhost-user" {
       let name = fields.string("name")
       guard let device = fields.string("device") ?? name else { continue }
       let isFromName = fields.isAbsent("device")
@@ -464,6 +489,7 @@ extension Draft {
         let name = fields.known("name", Fields.string)
         return Configuration.Port(
           name: name, kind: fields.word("kind"), device: fields.string("device") ?? name,
+          socket: fields.string("socket") ?? Schema.socketPath(port: name),
           domain: domain(of: fields), queues: fields.known("queues", Fields.integer),
           mtuBytes: fields.integer("mtu"), offloads: fields.known("offloads", Fields.boolean), mac: mac)
       },

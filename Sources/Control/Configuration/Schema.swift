@@ -149,6 +149,9 @@ public enum Schema {
   static let mtuBytesMaxVXLAN = mtuBytesMax - 8 - 8
   /// IORING_MAX_ENTRIES of the kernel's io_uring/io_uring.h.
   static let ringEntriesMax = 32_768
+  /// `sun_path` of linux/un.h, with its zero.
+  static let socketPathBytesMax = 107
+  static func socketPath(port name: String) -> String { "/run/vnetr/\(name).sock" }
   /// The largest buffer that a 32-bit socket option, which the kernel doubles, can ask for.
   static let socketBufferBytesMax = 1 << 30 - 1
   /// Room for a host name of 253 characters, brackets or a colon, and a port.
@@ -208,13 +211,15 @@ public enum Schema {
       "What the port is called in logs and counters; no other port or link has the name."),
     KeyDefinition(
       .port, "kind", .choice(words(Configuration.PortKind.self)), default: .value(.string("tap")),
-      later: [.string("vhost-user")],
       "What the port is. `tap`: a TAP device, made at start and removed at the end unless it was there before. "
-        + "`packet`: a network device that is there already (a NIC, a veth's end, a VMM's TAP), by AF_PACKET."),
+        + "`packet`: a network device that is there already (a NIC, a veth's end, a VMM's TAP), by AF_PACKET. "
+        + "`vhost-user`: a virtual machine's network card, by a socket that its VMM connects to."),
     KeyDefinition(
       .port, "device", .string("device name"), default: .derived("the port's name"),
       "The network device's name: 1 to \(deviceNameBytesMax) bytes."),
-    .later(.port, "socket", "The socket of a vhost-user port."),
+    KeyDefinition(
+      .port, "socket", .string("absolute path"), default: .derived("`/run/vnetr/NAME.sock`, NAME the port's"),
+      "The socket of a vhost-user port, which is made at start and removed at the end; its folder must be there."),
     KeyDefinition(
       .port, "domain", .string("name of a domain"),
       default: .derived("the only domain, where there is just one and the port is no end of a passthrough"),

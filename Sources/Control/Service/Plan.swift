@@ -48,7 +48,7 @@ struct Plan {
     var first: [Int] = []
     for port in ports {
       first.append(next)
-      next += port.queues
+      next += port.kind == .vhostUser ? 2 * port.queues : port.queues
     }
     firstQueueSource = first
     sourcesUsed = next
@@ -109,6 +109,7 @@ struct Plan {
     guard source >= 1, source <= families.count * encapsulations.count else { return nil }
     return ((source - 1) / encapsulations.count, (source - 1) % encapsulations.count)
   }
+  /// A vhost-user port has two for a pair of queues: the ring that its guest transmits by, and the kicks of the other.
   func source(port: Int, queue: Int) -> Int { firstQueueSource[port] + queue }
   /// The port and the queue of a source; nil for the waker and the underlay.
   func queue(ofSource source: Int) -> (port: Int, queue: Int)? {

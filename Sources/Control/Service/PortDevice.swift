@@ -83,7 +83,25 @@ enum PortDevice {
 }
 
 extension Configuration.PortKind {
-  var source: SourceKind { self == .tap ? .tap : .packet }
-  var lane: LaneKind { self == .tap ? .tap : .packet }
-  var record: InterfaceRecord.Kind { self == .tap ? .tap : .packet }
+  var source: SourceKind {
+    switch self {
+    case .tap: .tap
+    case .packet: .packet
+    case .vhostUser: .guest
+    }
+  }
+  var lane: LaneKind {
+    switch self {
+    case .tap: .tap
+    case .packet: .packet
+    case .vhostUser: .guest
+    }
+  }
+  var record: InterfaceRecord.Kind {
+    switch self {
+    case .tap: .tap
+    case .packet: .packet
+    case .vhostUser: .guest
+    }
+  }
 }

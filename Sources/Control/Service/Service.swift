@@ -57,6 +57,7 @@ public final class Service {
   private var underlaySockets: [UnderlayState] = []
   private var ports: [PortState] = []
   private var links: [LinkState] = []
+  private var guests: [GuestPort] = []
   /// The longest payload that each link carries now.
   private var linkMTUBytesMax: [Int]
   /// What the kernel had counted before this service started.
@@ -149,7 +150,7 @@ public final class Service {
     }
     links = plan.links.map { _ in LinkState() }
     try openUnderlay()
-    for port in plan.ports.indices { try openDevice(port) }
+    for port in plan.ports.indices where plan.ports[port].kind != .vhostUser { try openDevice(port) }
     for link in plan.links.indices {
       // What may pass is retried at every tick; what cannot is told now.
       if let error = openLink(link), !error.mayPass { throw error }
@@ -192,6 +193,7 @@ public final class Service {
           name: configured.device, queues: configured.queues, mtuBytes: ports[port].mtuBytes,
           mac: plan.mac(port: port, node: configuration.node.name), offloads: configured.offloads, retries: retries))
     case .packet: return .packet(try PacketDevice.open(name: configured.device, queues: configured.queues))
+    case .vhostUser: preconditionFailure("a vhost-user port has no device")
     }
   }
 
@@ -316,9 +318,35 @@ public final class Service {
       try worker.start(joints: wiring.takeJoints(of: number), memory: wiring.makeMemory(of: number))
     }
     try awaitStart()
+    try openGuests()
     answered = Set(workers.map(\.plan.number))
     log.info("ready")
     notify.ready()
+  }
+
+  /// Makes the sockets of vhost-user ports: what connects there finds workers that run.
+  private func openGuests() throws {
+    for port in plan.ports.indices where plan.ports[port].kind == .vhostUser {
+      guard workers.count == 1 else {
+        throw PortError(
+          doing: "serve the vhost-user port \(plan.ports[port].name)", number: ENOTSUP,
+          reason: "its rings have one worker, and there are \(workers.count)",
+          remedy: "set tuning.layout = \"fused\" and tuning.cpus to one CPU")
+      }
+      let place = GuestPort.Place(
+        interface: plan.interface(port: port), domain: plan.domain(ofPort: port),
+        source: plan.source(port: port, queue: 0), kickSource: plan.source(port: port, queue: 1),
+        lane: plan.lane(port: port))
+      guests.append(
+        try GuestPort(
+          name: plan.ports[port].name, path: plan.ports[port].socket, place: place, worker: workers[0], log: log))
+      log.info(
+        "port",
+        metadata: [
+          "name": "\(plan.ports[port].name)", "kind": "\(plan.ports[port].kind.rawValue)",
+          "socket": "\(plan.ports[port].socket)", "mtu": "\(ports[port].mtuBytes)",
+        ])
+    }
   }
 
   /// Everything that a worker must know before its first turn.
@@ -341,7 +369,7 @@ public final class Service {
   private func record(ofPort port: Int, at worker: Int) -> InterfaceRecord {
     InterfaceRecord(
       plan.ports[port].kind.record, laneFirst: plan.lane(port: port), laneCount: 1, mtuBytes: ports[port].mtuBytes,
-      takesSuperFrames: plan.ports[port].offloads,
+      takesSuperFrames: plan.ports[port].offloads && plan.ports[port].kind != .vhostUser,
       takesUDPSuperFrames: ports[port].device?.takesUDPSuperFrames ?? true,
       counters: interfaceCounters[worker][plan.interface(port: port).index].writer)
   }
@@ -468,6 +496,7 @@ public final class Service {
       for worker in workers {
         while let report = worker.nextReport() { handle(report, of: worker) }
       }
+      for guest in guests { guest.ready() }
       guard MonotonicClock.now() >= nextTick else { continue }
       nextTick = MonotonicClock.now() + tickNanoseconds
       tick()
@@ -480,7 +509,12 @@ public final class Service {
       pollfd(fd: signals.descriptor, events: Int16(POLLIN), revents: 0),
       pollfd(fd: waker, events: Int16(POLLIN), revents: 0),
     ]
-    guard unsafe poll(&watched, 2, milliseconds) > 0, watched[1].revents != 0 else { return }
+    for guest in guests {
+      if let watch = guest.socket.watch {
+        watched.append(pollfd(fd: watch.descriptor, events: watch.events, revents: 0))
+      }
+    }
+    guard unsafe poll(&watched, nfds_t(watched.count), milliseconds) > 0, watched[1].revents != 0 else { return }
     var count: UInt64 = 0
     _ = unsafe read(waker, &count, 8)
   }
@@ -542,6 +576,7 @@ public final class Service {
   }
 
   private func handle(_ report: Report, of worker: WorkerThread) {
+    if guests.contains(where: { $0.takes(report) }) { return }
     switch report {
     case .sourceFailed(let source, let error):
       guard let (port, _) = plan.queue(ofSource: source) else {

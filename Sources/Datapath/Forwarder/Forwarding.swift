@@ -3,7 +3,7 @@
 /// What a worker knows of one port or link, beyond what the snapshot says.
 public struct InterfaceRecord: BitwiseCopyable, Sendable {
   public enum Kind: UInt8, BitwiseCopyable, Sendable {
-    case absent, tap, packet, vxlan, vnetp
+    case absent, tap, packet, guest, vxlan, vnetp
 
     @inline(__always)
     var isLink: Bool { self == .vxlan || self == .vnetp }

@@ -8,6 +8,10 @@ public enum Command: BitwiseCopyable, Sendable {
   case addDomain(DomainIndex, CounterBlock.Writer)
   /// Receives from a descriptor that control owns. `.sourceFailed` reports its end.
   case openSource(Int, SourceKind, interface: InterfaceIndex, domain: DomainIndex, descriptor: Int32)
+  /// Receives from a guest's ring, which control keeps until `.sourceClosed`.
+  case openGuestSource(Int, interface: InterfaceIndex, domain: DomainIndex, GuestRing.Reference)
+  /// Sends into a guest's ring, which control keeps until `.laneClosed`.
+  case openGuestLane(Int, interface: InterfaceIndex, GuestRing.Reference)
   /// Answered by `.sourceClosed`: from then on control may close the descriptor.
   case closeSource(Int)
   case openLane(Int, LaneKind, interface: InterfaceIndex, descriptor: Int32)

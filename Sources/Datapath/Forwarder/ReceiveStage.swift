@@ -43,9 +43,9 @@ struct ReceiveStage: ~Copyable {
     _ event: IOEvent, _ memory: inout FrameMemory, _ counters: borrowing CounterTable, into batch: inout DescriptorBatch
   ) {
     let source = sources[Int(event.index)]
-    if source.kind == .tap || source.kind == .packet {
+    if !source.kind.isDatagram {
       let (descriptor, drop) =
-        source.kind == .tap
+        source.kind != .packet
         ? TapPort.describe(event, from: source.interface, domain: source.domain, &memory)
         : PacketPort.describe(event, from: source.interface, domain: source.domain, &memory)
       counters.countIn(descriptor)
@@ -111,6 +111,18 @@ struct ReceiveStage: ~Copyable {
       io.closeSource(index)
       return .sourceFailed(index, error: event.error)
     }
+  }
+
+  /// An eventfd was written to. Where its source is being closed, that ended its receive before it could be cancelled.
+  mutating func woken(_ event: IOEvent, _ io: inout some WorkerIO & ~Copyable, _ memory: inout FrameMemory) -> Report? {
+    let index = Int(event.index)
+    guard sources[index].state == .closing, sources[index].kind == .waker else {
+      io.arm(index, &memory)
+      return nil
+    }
+    sources[index] = Source()
+    io.closeSource(index)
+    return .sourceClosed(index)
   }
 
   /// Ends the receive of a source; true when it has ended already and no event will follow.

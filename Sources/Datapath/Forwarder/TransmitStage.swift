@@ -222,7 +222,7 @@ struct TransmitStage: ~Copyable {
     switch kind {
     case .vxlan: VXLANLink.header(vni: vni)
     case .vnetp: VNETPLink.header
-    case .tap, .packet, .absent: TapPort.plainHeader
+    case .tap, .packet, .guest, .absent: TapPort.plainHeader
     }
   }
 

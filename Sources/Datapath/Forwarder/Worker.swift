@@ -23,7 +23,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   public static var wakerSource: Int { 0 }
   private static var eventsMax: Int { 512 }
 
-  private var io: IO
+  private var io: GuestIO<IO>
   private var memory: FrameMemory
   private var counters: CounterTable
   private var events = EventBatch(capacity: eventsMax)
@@ -97,7 +97,8 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     commands = mailbox.commands.makeConsumer()
     reports = mailbox.reports.makeProducer()
     controlWaker = mailbox.controlWaker
-    self.io = io
+    self.io = GuestIO(
+      io, sources: settings.sources, lanes: settings.lanes, framesOfTurnMax: settings.postedSlots)
     self.memory = memory
     receive.open(
       Self.wakerSource, .waker, interface: .none, domain: .none, descriptor: mailbox.workerWaker, &self.io, &self.memory
@@ -131,7 +132,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
       case .woken:
         isWoken = true
         counters.worker.add(.wakeups)
-        io.arm(Int(event.index), &memory)
+        report(receive.woken(event, &io, &memory))
       }
     }
     if received.count > 0 { counters.worker.add(.receives, received.count) }
@@ -372,6 +373,14 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
       case .addDomain(let index, let writer): counters.set(index, writer)
       case .openSource(let source, let kind, let interface, let domain, let descriptor):
         receive.open(source, kind, interface: interface, domain: domain, descriptor: descriptor, &io, &memory)
+      case .openGuestSource(let source, let interface, let domain, let ring):
+        openGuest(source, interface, domain, ring)
+      case .openGuestLane(let lane, let interface, let ring):
+        guard io.lend(ring, toLane: lane) else {
+          report(.laneFailed(lane, error: EINVAL))
+          break
+        }
+        transmit.open(lane, .guest, interface: interface, descriptor: -1, &io)
       case .closeSource(let source):
         if receive.close(source, &io) { report(.sourceClosed(source)) }
       case .openLane(let lane, let kind, let interface, let descriptor):
@@ -387,6 +396,13 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
       case .stop: beginDrain(.stopping)
       }
     }
+  }
+
+  private mutating func openGuest(
+    _ source: Int, _ interface: InterfaceIndex, _ domain: DomainIndex, _ ring: GuestRing.Reference
+  ) {
+    guard io.lend(ring, toSource: source, &memory) else { return report(.sourceFailed(source, error: EINVAL)) }
+    receive.open(source, .guest, interface: interface, domain: domain, descriptor: ring.kick, &io, &memory)
   }
 
   /// Frames that were routed by an older snapshot may point into it: they leave the rings before this worker says that

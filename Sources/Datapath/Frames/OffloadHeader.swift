@@ -109,11 +109,20 @@ extension OffloadHeader {
     guard needsChecksum else { return true }
     guard checksumFits(frameBytes: frame.byteCount) else { return false }
     let start = Int(checksumStart)
-    let sum = InternetChecksum.sum(unsafe frame.bytes.extracting(unchecked: start..<frame.byteCount))
-    unsafe frame.storeNetwork(InternetChecksum.finishTransport(sum), at: start &+ Int(checksumOffset))
+    storeChecksum(
+      InternetChecksum.sum(unsafe frame.bytes.extracting(unchecked: start..<frame.byteCount)), in: &frame)
+    return true
+  }
+
+  /// The same with a sum that is known, for a frame of which only the first bytes are at hand; traps where its place is
+  /// not among them.
+  @inlinable
+  mutating func storeChecksum(_ sum: UInt64, in frame: inout MutableRawSpan) {
+    let place = Int(checksumStart) &+ Int(checksumOffset)
+    frame.preconditionFits(2, at: place)
+    unsafe frame.storeNetwork(InternetChecksum.finishTransport(sum), at: place)
     flags &= ~Self.flagNeedsChecksum
     checksumStart = 0
     checksumOffset = 0
-    return true
   }
 }

@@ -59,6 +59,8 @@ public enum SourceKind: UInt8, BitwiseCopyable, Sendable {
   case packet
   /// The underlay's UDP socket of an encapsulation: each receive is a datagram with its sender and its ToS.
   case vxlan, vnetp
+  /// A ring that a guest transmits by, in its memory: each receive is a virtio header of 12 bytes and a frame.
+  case guest
   /// The eventfd that control and neighbours write to: each receive is a wake-up and takes no slot.
   case waker
 
@@ -74,6 +76,8 @@ public enum LaneKind: UInt8, BitwiseCopyable, Sendable {
   case tap
   /// An AF_PACKET socket, by `sendmsg`: a virtio header of 12 bytes and a frame.
   case packet
+  /// A ring that a guest receives by: a virtio header of 12 bytes and a frame, copied into its memory.
+  case guest
   /// A connected UDP socket, by `sendmsg`; the family settles the control message of the ToS.
   case datagramIPv4, datagramIPv6
 
@@ -130,7 +134,9 @@ public struct IOEvent: BitwiseCopyable, Sendable {
   /// A positive error number, or 0.
   public var error: Int32 = 0
   public var count: UInt32 = 0
+  /// A slot of one's own; a frame of a guest's memory where `owner` is not 0. Such a frame has `count` segments.
   public var slot: UInt32 = 0
+  public var owner: UInt16 = 0
   public var offset: UInt32 = 0
   public var length: UInt32 = 0
   /// The VLAN tag that the kernel took out of a packet socket's frame: TPID in the upper half, TCI in the lower; 0 for
@@ -138,6 +144,10 @@ public struct IOEvent: BitwiseCopyable, Sendable {
   public var vlanTag: UInt32 = 0
   /// The sender of a datagram.
   public var sender = UnderlayAddress(high: 0, low: 0)
+
+  /// What holds the bytes that were received.
+  @inline(__always)
+  var buffer: BufferReference { BufferReference(owner: Int(owner), index: Int(slot)) }
 
   @inline(__always)
   public init(_ kind: Kind, _ index: Int, error: Int32 = 0) {

@@ -90,6 +90,38 @@ public final class ForeignMemory: @unchecked Sendable {
       }
     }
 
+    /// Fills in a buffer that is not held: copies the first bytes, over as many pieces as they lie in, names the rest
+    /// by reference, and holds it once. Returns the number of segments; or nil when they are too many: then it is held
+    /// with the copied bytes alone.
+    @unsafe
+    func bring(_ index: Int, payload: UnsafeBufferPointer<iovec>) -> Int? {
+      unsafe at(index) { buffer, owner in
+        unsafe precondition(buffer.pointee.holds == 0, "a foreign buffer is brought while it is held")
+        unsafe buffer.pointee.holds = 1
+        let header = unsafe owner.headers + index * ForeignMemory.headerCopyBytes
+        var copied = 0
+        var count = 1
+        for number in 0..<payload.count {
+          let piece = unsafe payload[number]
+          guard unsafe piece.iov_len > 0 else { continue }
+          let run = unsafe min(piece.iov_len, ForeignMemory.headerCopyBytes - copied)
+          if run > 0 { unsafe (header + copied).copyMemory(from: piece.iov_base, byteCount: run) }
+          copied += run
+          guard unsafe run < piece.iov_len else { continue }
+          guard count < ForeignMemory.segmentsMax else {
+            count = 0
+            break
+          }
+          unsafe buffer.pointee.segments[count] = unsafe iovec(
+            iov_base: piece.iov_base + run, iov_len: piece.iov_len - run)
+          count += 1
+        }
+        unsafe buffer.pointee.segments[0] = unsafe iovec(iov_base: header, iov_len: copied)
+        unsafe buffer.pointee.segmentCount = UInt16(max(1, count))
+        return count == 0 ? nil : count
+      }
+    }
+
     @unsafe
     func segment(_ number: Int, of index: Int) -> iovec {
       unsafe at(index) { buffer, _ in

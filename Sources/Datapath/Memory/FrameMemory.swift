@@ -285,6 +285,12 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
     return foreignCount
   }
 
+  /// Another memory under a number that was returned by `adopt`; of the one before nothing is held any more.
+  mutating func replace(_ owner: Int, with memory: ForeignMemory.Reference) {
+    precondition(owner != 0 && owner <= foreignCount, "unknown owner of a buffer")
+    foreign[owner] = ForeignOwner(memory: memory)
+  }
+
   @inline(__always)
   private func foreignMemory(_ buffer: BufferReference) -> ForeignMemory.Reference {
     precondition(buffer.owner != 0 && Int(buffer.owner) <= foreignCount, "unknown owner of a buffer")
@@ -333,6 +339,12 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
     let segment = unsafe foreignMemory(descriptor.buffer).segment(0, of: Int(descriptor.buffer.index))
     unsafe precondition(offset <= segment.iov_len, "a descriptor leaves its segment")
     return unsafe (segment.iov_base + offset, min(length, segment.iov_len - offset))
+  }
+
+  /// One segment of a frame that lies in another's memory.
+  @unsafe
+  func segment(_ number: Int, of buffer: BufferReference) -> iovec {
+    unsafe foreignMemory(buffer).segment(number, of: Int(buffer.index))
   }
 
   /// Writes the segments of a frame as I/O vectors; returns how many, or nil when they are more than `room`.

@@ -29,10 +29,10 @@ public enum TapPort {
   static func describe(
     _ event: IOEvent, from port: InterfaceIndex, domain: DomainIndex, _ memory: inout FrameMemory
   ) -> (descriptor: Descriptor, drop: Counter?) {
-    let slot = BufferReference(slot: Int(event.slot))
     let length = max(0, Int(event.length) - headerBytes)
     var descriptor = Descriptor(
-      buffer: slot, offset: Int(event.offset) + headerBytes, length: length, ingress: port)
+      buffer: event.buffer, offset: Int(event.offset) + headerBytes, length: length,
+      segments: max(1, Int(event.count)), ingress: port)
     descriptor.domain = domain
     if event.isTruncated { return (descriptor, .dropOversizedFrame) }
     if length < EthernetHeader.bytes { return (descriptor, .dropRunt) }
@@ -42,8 +42,7 @@ public enum TapPort {
     guard var header = OffloadHeader(memory.head(of: whole)) else { return (descriptor, .dropRunt) }
     if header.gsoType == 0 && header.flags & OffloadHeader.flagNeedsChecksum == 0 { return (descriptor, nil) }
     if header.isSuperFrame { return describeSuperFrame(header, descriptor, &memory) }
-    var frame = memory.mutableHead(of: descriptor)
-    return header.finishChecksum(in: &frame) ? (descriptor, nil) : (descriptor, .dropBadOffload)
+    return memory.finishChecksum(&header, of: descriptor) ? (descriptor, nil) : (descriptor, .dropBadOffload)
   }
 
   /// A super-frame goes on whole, with its offload header, and counts as its segments.

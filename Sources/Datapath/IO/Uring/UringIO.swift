@@ -364,6 +364,7 @@ public struct UringIO: ~Copyable, WorkerIO {
       unsafe io_uring_prep_read(entry, file.number, nil, UInt32(FrameMemory.slotBytes), .max)
       unsafe clinux_sqe_select_buffer(entry, Self.bufferGroup)
       unsafe clinux_sqe_finish(entry, file.flags, user)
+    case .guest: preconditionFailure("a guest's ring is no file")
     case .tap, .packet, .vxlan, .vnetp:
       armSingle(source, file, user, memory)
     }

@@ -1,0 +1,268 @@
+import Datapath
+import Logging
+
+/// A `vhost-user` port at control: the socket that a frontend talks by, and each ring of its guest on its way to the
+/// worker that polls it and back.
+///
+/// The way of a ring: the frontend starts it (`parameters`), the worker gets it (`running`), it is taken back
+/// (`leaving`) and, when the worker told so, handed over anew or given up. Whatever changes while a ring runs, memory,
+/// eventfds, its end, goes that way: nothing that a worker uses changes under it.
+final class GuestPort {
+  /// Where the port is at the workers.
+  struct Place {
+    var interface: InterfaceIndex
+    var domain: DomainIndex
+    /// Of the ring that the guest transmits by.
+    var source: Int
+    /// Of the kicks of the ring that it receives by.
+    var kickSource: Int
+    var lane: Int
+  }
+
+  private enum Number {
+    static let receive = 0
+    static let transmit = 1
+  }
+
+  private struct Parameters {
+    var start: VhostUserQueueStart
+    var rings: VhostUserRings
+    var memory: VhostUserMemory
+    var kick: OwnedDescriptor?
+    var call: OwnedDescriptor?
+    var isEnabled: Bool
+    var base: UInt32
+  }
+
+  /// What a worker has; kept until it let go.
+  private struct Lent {
+    let ring: GuestRing
+    let memory: VhostUserMemory
+    let kick: OwnedDescriptor?
+    let call: OwnedDescriptor?
+    /// Answers of the worker that are still to come, once it was asked to let go.
+    var answersLeft = 0
+  }
+
+  private struct Queue {
+    var parameters: Parameters?
+    var lent: Lent?
+    /// The frontend waits for it to be stopped.
+    var isStopping = false
+    /// What the worker has is not what the frontend said last.
+    var isStale = false
+
+    var isLeaving: Bool { (lent?.answersLeft ?? 0) > 0 }
+    var isWanted: Bool { !isStopping && parameters?.isEnabled == true }
+  }
+
+  let name: String
+  let socket: VhostUserSocket
+  private let place: Place
+  private let worker: WorkerThread
+  private let log: Logger
+  private var queues = [Queue(), Queue()]
+  /// Of changes that are not yet in force.
+  private var version: UInt64?
+
+  init(name: String, path: String, place: Place, worker: WorkerThread, log: Logger) throws(PortError) {
+    self.name = name
+    self.place = place
+    self.worker = worker
+    self.log = log
+    var settings = VhostUserSession.Settings()
+    settings.features = [
+      .version1, .mergeableReceiveBuffers, .checksum, .guestChecksum, .indirectDescriptors, .eventIndex, .packedRing,
+      .protocolFeatures,
+    ]
+    settings.protocolFeatures = [.replyAcknowledge, .configureMemorySlots, .status, .resetDevice]
+    socket = try VhostUserSocket(.server, path: path, settings: settings)
+  }
+
+  /// Does what can be done now.
+  func ready() { carryOut(socket.ready(nowNanoseconds: MonotonicClock.now())) }
+
+  /// Whether a report is about this port; then it is dealt with.
+  func takes(_ report: Report) -> Bool {
+    switch report {
+    case .sourceClosed(place.source): answered(Number.transmit)
+    case .sourceClosed(place.kickSource), .laneClosed(place.lane): answered(Number.receive)
+    case .sourceFailed(place.source, let error): failed(Number.transmit, error)
+    case .laneFailed(place.lane, let error): failed(Number.receive, error)
+    default: return false
+    }
+    return true
+  }
+
+  private func carryOut(_ effects: [VhostUserEffect]) {
+    var effects = effects[...]
+    while let effect = effects.popFirst() {
+      effects += carryOut(effect)
+    }
+  }
+
+  private func carryOut(_ effect: VhostUserEffect) -> [VhostUserEffect] {
+    switch effect {
+    case .connected: log.info("a guest is connected", metadata: ["port": "\(name)", "socket": "\(socket.path)"])
+    case .disconnected: log.info("the guest is gone", metadata: ["port": "\(name)"])
+    case .refused(let why), .broken(let why):
+      log.warning("what the guest's VMM asked for was refused", metadata: ["port": "\(name)", "why": "\(why)"])
+    case .startQueue(let start):
+      guard start.number < queues.count else { return [] }
+      queues[start.number].parameters = Parameters(
+        start: start, rings: start.rings, memory: start.memory, kick: start.kick, call: start.call,
+        isEnabled: start.isEnabled, base: start.base.rawValue(start.kind))
+      return settle(start.number)
+    case .stopQueue(let number):
+      queues[number].isStopping = true
+      return settle(number)
+    case .queueEnabled(let number, let isEnabled):
+      queues[number].parameters?.isEnabled = isEnabled
+      return settle(number)
+    case .memoryChanged(let memory, let rings, let version):
+      return change(version) { number, parameters in
+        parameters.memory = memory
+        if let moved = rings[number] { parameters.rings = moved }
+      }
+    case .kickChanged(let queue, let kick, let version):
+      return change(version, of: queue) { $1.kick = kick }
+    case .callChanged(let queue, let call, let version):
+      return change(version, of: queue) { $1.call = call }
+    case .featuresAgreed(_, let version), .logChanged(_, let version), .usedLogChanged(_, _, let version),
+      .errorChanged(_, _, let version):
+      return change(version, of: queues.count) { _, _ in }
+    case .sendRARP, .mtuChanged, .reset: break
+    }
+    return []
+  }
+
+  /// Changes what rings are to be, one or all of those that run.
+  private func change(
+    _ version: UInt64, of only: Int? = nil, _ body: (Int, inout Parameters) -> Void
+  ) -> [VhostUserEffect] {
+    self.version = version
+    var effects: [VhostUserEffect] = []
+    for number in queues.indices where only == nil || only == number {
+      guard var parameters = queues[number].parameters else { continue }
+      body(number, &parameters)
+      queues[number].parameters = parameters
+      queues[number].isStale = queues[number].lent != nil
+      effects += settle(number)
+    }
+    return effects + adoptIfAll()
+  }
+
+  /// Brings a ring nearer to what it is to be.
+  private func settle(_ number: Int) -> [VhostUserEffect] {
+    let queue = queues[number]
+    if queue.isLeaving { return [] }
+    if let lent = queue.lent {
+      if !queue.isWanted || queue.isStale { takeBack(number, lent) }
+      return []
+    }
+    if queue.isStopping {
+      queues[number].isStopping = false
+      guard let parameters = queue.parameters else { return [] }
+      queues[number].parameters = nil
+      let kind = parameters.start.kind
+      guard let base = VhostUserQueueBase(rawValue: parameters.base, kind) else { return [] }
+      return socket.queueStopped(number, base: base, nowNanoseconds: MonotonicClock.now())
+    }
+    if queue.isWanted { lend(number) }
+    return []
+  }
+
+  private func lend(_ number: Int) {
+    guard let parameters = queues[number].parameters, let ring = makeRing(parameters, number) else { return }
+    queues[number].isStale = false
+    queues[number].lent = Lent(ring: ring, memory: parameters.memory, kick: parameters.kick, call: parameters.call)
+    if number == Number.transmit {
+      worker.send(
+        .openGuestSource(place.source, interface: place.interface, domain: place.domain, ring.reference), wakes: false)
+    } else {
+      worker.send(.openGuestLane(place.lane, interface: place.interface, ring.reference), wakes: false)
+      if ring.kick >= 0 {
+        worker.send(
+          .openSource(
+            place.kickSource, .waker, interface: place.interface, domain: place.domain, descriptor: ring.kick),
+          wakes: false)
+      }
+    }
+    worker.wake()
+    log.debug("a ring runs", metadata: ["port": "\(name)", "queue": "\(number)", "size": "\(parameters.start.size)"])
+  }
+
+  private func takeBack(_ number: Int, _ lent: Lent) {
+    var lent = lent
+    if number == Number.transmit {
+      worker.send(.closeSource(place.source), wakes: false)
+      lent.answersLeft = 1
+    } else {
+      worker.send(.closeLane(place.lane), wakes: false)
+      lent.answersLeft = 1
+      if lent.ring.kick >= 0 {
+        worker.send(.closeSource(place.kickSource), wakes: false)
+        lent.answersLeft = 2
+      }
+    }
+    worker.wake()
+    queues[number].lent = lent
+  }
+
+  private func answered(_ number: Int) {
+    guard queues[number].isLeaving, let lent = queues[number].lent else { return }
+    queues[number].lent?.answersLeft -= 1
+    guard lent.answersLeft == 1 else { return }
+    queues[number].parameters?.base = lent.ring.base
+    queues[number].lent = nil
+    carryOut(settle(number))
+    carryOut(adoptIfAll())
+  }
+
+  /// The worker let go by itself: the guest broke the rules of the ring. It stays stopped until the frontend starts it
+  /// again.
+  private func failed(_ number: Int, _ error: Int32) {
+    guard let lent = queues[number].lent else { return }
+    log.warning(
+      "a guest's ring makes no sense and is not served any more",
+      metadata: ["port": "\(name)", "queue": "\(number)", "why": "\(SystemError.text(error))"])
+    queues[number].parameters?.base = lent.ring.base
+    queues[number].parameters?.isEnabled = false
+    queues[number].lent = nil
+    carryOut(settle(number))
+    carryOut(adoptIfAll())
+  }
+
+  /// Tells that a change is in force, when no worker has anything of before.
+  private func adoptIfAll() -> [VhostUserEffect] {
+    guard let version, !queues.contains(where: { $0.isLeaving || $0.isStale }) else { return [] }
+    self.version = nil
+    return socket.adopted(version: version, nowNanoseconds: MonotonicClock.now())
+  }
+
+  private func makeRing(_ parameters: Parameters, _ number: Int) -> GuestRing? {
+    let start = parameters.start
+    let features = VirtqueueFeatures(rawValue: start.features.rawValue)
+    let bytes =
+      start.kind == .split
+      ? SplitQueue.areaBytes(size: start.size, features: features)
+      : PackedQueue.areaBytes(size: start.size, features: features)
+    let memory = parameters.memory
+    guard
+      let descriptor = unsafe memory.pointer(guest: parameters.rings.descriptors, byteCount: bytes.descriptor),
+      let driver = unsafe memory.pointer(guest: parameters.rings.available, byteCount: bytes.driver),
+      let device = unsafe memory.pointer(guest: parameters.rings.used, byteCount: bytes.device)
+    else { return nil }
+    let regions = memory.regions.map { region in
+      unsafe GuestMemory.Region(
+        guestAddress: region.guestAddress, userAddress: region.userAddress, bytes: region.byteCount,
+        mapping: region.mapping.base)
+    }
+    guard let table = try? GuestMemory(regions) else { return nil }
+    return unsafe GuestRing(
+      VirtqueueAreas(size: start.size, descriptor: descriptor, driver: driver, device: device), features: features,
+      base: parameters.base, mergesBuffers: start.features.contains(.mergeableReceiveBuffers),
+      isFromGuest: number == Number.transmit, memory: table, kick: parameters.kick?.number ?? -1,
+      call: parameters.call?.number ?? -1)
+  }
+}

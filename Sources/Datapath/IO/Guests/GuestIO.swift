@@ -1,0 +1,292 @@
+import CLinux
+import Glibc
+
+/// A worker's I/O with the rings of guests beside the kernel's files. A ring is one more source or lane, so the stages
+/// know of them by their kind alone.
+///
+/// The way of a frame from a guest:
+///  1. `collect` takes chains off the ring: each is a `received` event. The frame's first bytes are copied, once, and
+///     only that copy is read and sent; the rest stays where it is in the guest's memory.
+///  2. When its last send is over, the next `collect` gives the chain back to the guest, and calls it if it wants that.
+///
+/// To a guest: `send` copies each message of a chain into buffers that the guest made available; the `sent` event comes
+/// with the next `collect`. Where it has none the chain stops as at a full socket, and `writable` comes when it has.
+///
+/// While a worker polls, no guest kicks. Before it waits it asks all of them to, and looks a last time.
+struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
+  private var kernel: Kernel
+  /// By source and by lane; nil for those of the kernel.
+  private var sources: OwnedArray<GuestSource?>
+  private var lanes: OwnedArray<GuestLane?>
+  /// What the kernel's side must know of them.
+  private var sourceNotes: FixedArray<GuestNote>
+  private var laneNotes: FixedArray<GuestNote>
+  /// The owner of a source's frames, for the worker's memory; 0: it never had any.
+  private var owners: FixedArray<UInt16>
+  /// The numbers of those that are guests', in front.
+  private var guestSources: FixedArray<UInt32>
+  private var guestSourceCount = 0
+  private var guestLanes: FixedArray<UInt32>
+  private var guestLaneCount = 0
+  /// By lane: what its last chain came to, untold.
+  private var results: FixedArray<DeliveryResult>
+  private var resultCount = 0
+  private var awaitsWritable: FixedArray<Bool>
+  private var awaitCount = 0
+  /// Frames that one ring may bring in one turn, so that others come to their turn.
+  private let framesOfTurnMax: Int
+  private var framesTaken = 0
+
+  init(_ kernel: consuming Kernel, sources sourceCount: Int, lanes laneCount: Int, framesOfTurnMax: Int) {
+    self.kernel = kernel
+    self.framesOfTurnMax = framesOfTurnMax
+    sources = OwnedArray(capacity: sourceCount)
+    lanes = OwnedArray(capacity: laneCount)
+    for _ in 0..<sourceCount { sources.append(nil) }
+    for _ in 0..<laneCount { lanes.append(nil) }
+    owners = FixedArray(repeating: 0, count: sourceCount)
+    sourceNotes = FixedArray(repeating: GuestNote(), count: sourceCount)
+    laneNotes = FixedArray(repeating: GuestNote(), count: laneCount)
+    guestSources = FixedArray(repeating: 0, count: sourceCount)
+    guestLanes = FixedArray(repeating: 0, count: laneCount)
+    results = FixedArray(repeating: DeliveryResult(), count: laneCount)
+    awaitsWritable = FixedArray(repeating: false, count: laneCount)
+  }
+
+  // MARK: Rings
+
+  /// Makes a ring the source that is opened next under this number; false where it cannot be one.
+  mutating func lend(_ reference: GuestRing.Reference, toSource source: Int, _ memory: inout FrameMemory) -> Bool {
+    unsafe reference.ring._withUnsafeGuaranteedRef { ring in
+      guard let frames = ring.frames else { return false }
+      do throws(VirtqueueError) {
+        let queue = try GuestQueue(ring)
+        if owners[source] == 0 {
+          owners[source] = UInt16(memory.adopt(frames.reference))
+        } else {
+          memory.replace(Int(owners[source]), with: frames.reference)
+        }
+        sources[source] = GuestSource(
+          reference, queue, frames: frames.reference, count: frames.bufferCount, owner: Int(owners[source]),
+          memory: ring.memory.reference, hasCall: ring.call >= 0, hasKick: ring.kick >= 0)
+        sourceNotes[source] = GuestNote(isGuest: true, hasKick: ring.kick >= 0, call: ring.call)
+        return true
+      } catch {
+        return false
+      }
+    }
+  }
+
+  /// The same for a lane.
+  mutating func lend(_ reference: GuestRing.Reference, toLane lane: Int) -> Bool {
+    unsafe reference.ring._withUnsafeGuaranteedRef { ring in
+      do throws(VirtqueueError) {
+        lanes[lane] = GuestLane(
+          reference, try GuestQueue(ring), mergesBuffers: ring.mergesBuffers, memory: ring.memory.reference,
+          hasCall: ring.call >= 0)
+        laneNotes[lane] = GuestNote(isGuest: true, hasKick: false, call: ring.call)
+        return true
+      } catch {
+        return false
+      }
+    }
+  }
+
+  @inline(__always)
+  private func isGuest(source: Int) -> Bool { sourceNotes[source].isGuest }
+  @inline(__always)
+  private func isGuest(lane: Int) -> Bool { laneNotes[lane].isGuest }
+
+  // MARK: Sources
+
+  mutating func openSource(_ source: Int, _ kind: SourceKind, descriptor: Int32) {
+    guard kind == .guest else { return kernel.openSource(source, kind, descriptor: descriptor) }
+    precondition(sourceNotes[source].isGuest, "a guest's source is opened without its ring")
+    guestSources[guestSourceCount] = UInt32(truncatingIfNeeded: source)
+    guestSourceCount += 1
+    if descriptor >= 0 { kernel.openSource(source, .waker, descriptor: descriptor) }
+  }
+
+  mutating func arm(_ source: Int, _ memory: inout FrameMemory) {
+    if isGuest(source: source), !sourceNotes[source].hasKick || sources[source]!.endsWithKick() { return }
+    kernel.arm(source, &memory)
+  }
+
+  mutating func cancel(_ source: Int) {
+    guard isGuest(source: source) else { return kernel.cancel(source) }
+    sources[source]!.beginEnd(ECANCELED)
+  }
+
+  mutating func closeSource(_ source: Int) {
+    guard isGuest(source: source) else { return kernel.closeSource(source) }
+    if sourceNotes[source].hasKick { kernel.closeSource(source) }
+    sources[source] = nil
+    sourceNotes[source] = GuestNote()
+    Self.remove(source, from: &guestSources, &guestSourceCount)
+  }
+
+  mutating func post(_ slot: Int, _ memory: inout FrameMemory) { kernel.post(slot, &memory) }
+  mutating func takeBackSlots(_ memory: inout FrameMemory) { kernel.takeBackSlots(&memory) }
+
+  // MARK: Lanes
+
+  mutating func openLane(_ lane: Int, _ kind: LaneKind, descriptor: Int32) {
+    guard kind == .guest else { return kernel.openLane(lane, kind, descriptor: descriptor) }
+    precondition(laneNotes[lane].isGuest, "a guest's lane is opened without its ring")
+    guestLanes[guestLaneCount] = UInt32(truncatingIfNeeded: lane)
+    guestLaneCount += 1
+  }
+
+  mutating func closeLane(_ lane: Int) {
+    guard isGuest(lane: lane) else { return kernel.closeLane(lane) }
+    precondition(!results[lane].isThere, "a lane is closed while a chain is out")
+    if awaitsWritable[lane] {
+      awaitsWritable[lane] = false
+      awaitCount -= 1
+    }
+    lanes[lane]!.leave()
+    lanes[lane] = nil
+    laneNotes[lane] = GuestNote()
+    Self.remove(lane, from: &guestLanes, &guestLaneCount)
+  }
+
+  private static func remove(_ number: Int, from numbers: inout FixedArray<UInt32>, _ count: inout Int) {
+    for place in 0..<count where Int(numbers[place]) == number {
+      count -= 1
+      numbers[place] = numbers[count]
+      return
+    }
+  }
+
+  var chainFramesMax: Int { kernel.chainFramesMax }
+
+  @inline(__always)
+  mutating func send(_ lane: Int, first: Int, count: Int, _ pool: borrowing SendPool) {
+    guard isGuest(lane: lane) else { return kernel.send(lane, first: first, count: count, pool) }
+    var operation = first
+    var result = DeliveryResult(isThere: true)
+    while result.sent < count {
+      result.error = unsafe lanes[lane]!.deliver(pool.message(operation), bytes: Int(pool.messageBytes(operation)))
+      guard result.error == 0 else { break }
+      result.sent += 1
+      operation = pool.nextMessage(operation)
+    }
+    results[lane] = result
+    resultCount += 1
+    if result.sent > 0, lanes[lane]!.publish() { kernel.wake(laneNotes[lane].call) }
+  }
+
+  mutating func awaitWritable(_ lane: Int) {
+    guard isGuest(lane: lane) else { return kernel.awaitWritable(lane) }
+    awaitsWritable[lane] = true
+    awaitCount += 1
+  }
+
+  // MARK: Collecting
+
+  @inline(__always)
+  mutating func collect(_ wait: Wait, _ memory: inout FrameMemory, into events: inout EventBatch) {
+    guard guestSourceCount + guestLaneCount > 0 else { return kernel.collect(wait, &memory, into: &events) }
+    collectWithGuests(wait, &memory, into: &events)
+  }
+
+  @inline(never)
+  private mutating func collectWithGuests(_ wait: Wait, _ memory: inout FrameMemory, into events: inout EventBatch) {
+    for place in 0..<guestSourceCount {
+      let source = Int(guestSources[place])
+      if sources[source]!.giveBack() { kernel.wake(sourceNotes[source].call) }
+      if sources[source]!.mustEndKicks() { kernel.cancel(source) }
+    }
+    var wait = wait
+    if resultCount > 0 { wait = .sweep }
+    let asksForKicks = wait != .sweep
+    if asksForKicks, askForKicks() { wait = .sweep }
+    let before = events.count
+    kernel.collect(wait, &memory, into: &events)
+    if asksForKicks { refuseKicks() }
+    keepEndsOfKicks(from: before, &events)
+    tellResults(&events)
+    for place in 0..<guestSourceCount where events.room > 1 {
+      let source = Int(guestSources[place])
+      framesTaken += sources[source]!.poll(source, upTo: min(framesOfTurnMax, events.room - 1), into: &events)
+      if let error = sources[source]!.takeEnd() { events.append(IOEvent(.receiveEnded, source, error: error)) }
+    }
+  }
+
+  private mutating func askForKicks() -> Bool {
+    var isThere = false
+    for place in 0..<guestSourceCount where sources[Int(guestSources[place])]!.askForKicks() { isThere = true }
+    for place in 0..<guestLaneCount {
+      let lane = Int(guestLanes[place])
+      if awaitsWritable[lane], lanes[lane]!.askForKicks() { isThere = true }
+    }
+    return isThere
+  }
+
+  private mutating func refuseKicks() {
+    for place in 0..<guestSourceCount { sources[Int(guestSources[place])]!.refuseKicks() }
+    for place in 0..<guestLaneCount {
+      let lane = Int(guestLanes[place])
+      if awaitsWritable[lane] { lanes[lane]!.refuseKicks() }
+    }
+  }
+
+  /// The end of a kick's receive is not yet the end of its ring.
+  private mutating func keepEndsOfKicks(from first: Int, _ events: inout EventBatch) {
+    var kept = first
+    for place in first..<events.count {
+      let event = events[place]
+      if event.kind == .receiveEnded, sourceNotes[Int(event.index)].isGuest {
+        sources[Int(event.index)]!.kickEnded(event.error)
+        continue
+      }
+      if kept != place { events[kept] = event }
+      kept += 1
+    }
+    while events.count > kept { events.removeLast() }
+  }
+
+  private mutating func tellResults(_ events: inout EventBatch) {
+    guard resultCount + awaitCount > 0 else { return }
+    for place in 0..<guestLaneCount where events.room > 0 {
+      let lane = Int(guestLanes[place])
+      if results[lane].isThere {
+        var event = IOEvent(.sent, lane, error: results[lane].error)
+        event.count = results[lane].sent
+        results[lane] = DeliveryResult()
+        resultCount -= 1
+        events.append(event)
+      } else if awaitsWritable[lane], lanes[lane]!.hasBuffers() {
+        awaitsWritable[lane] = false
+        awaitCount -= 1
+        events.append(IOEvent(.writable, lane))
+      }
+    }
+  }
+
+  mutating func takeStatistics() -> IOStatistics {
+    var statistics = kernel.takeStatistics()
+    statistics.completions += framesTaken
+    framesTaken = 0
+    return statistics
+  }
+
+  func now() -> UInt64 { kernel.now() }
+  mutating func wake(_ waker: Int32) { kernel.wake(waker) }
+  func yieldProcessor() { kernel.yieldProcessor() }
+}
+
+/// What a chain of sends to a guest came to.
+struct DeliveryResult: BitwiseCopyable {
+  var isThere = false
+  var sent: UInt32 = 0
+  var error: Int32 = 0
+}
+
+/// What there is to know of a source's or lane's ring without looking into it.
+struct GuestNote: BitwiseCopyable {
+  var isGuest = false
+  var hasKick = false
+  /// The eventfd that the guest waits for; -1: none.
+  var call: Int32 = -1
+}

@@ -1,0 +1,45 @@
+/// One ring of a guest's network device, as control hands it over to the worker that polls it. Control keeps it, the
+/// memory behind it and its eventfds until the worker has told that it let go of them.
+@safe
+public final class GuestRing: @unchecked Sendable {
+  public let areas: VirtqueueAreas
+  public let features: VirtqueueFeatures
+  /// Where to begin, and, once the worker let go of it, where it ended: see ``Virtqueue/base``.
+  public internal(set) var base: UInt32
+  /// VIRTIO_NET_F_MRG_RXBUF: a frame may be spread over several of the guest's buffers.
+  public let mergesBuffers: Bool
+  public let memory: GuestMemory
+  /// The eventfd that the guest writes to when it made buffers available; -1: the ring is polled.
+  public let kick: Int32
+  /// The eventfd that the guest waits for; -1: it polls.
+  public let call: Int32
+  /// Frames of it that are under way; of a ring that the guest transmits by.
+  let frames: ForeignMemory?
+
+  /// Frames of one ring that may be under way at once: beyond them the guest waits.
+  public static let framesMax = 1_024
+
+  /// - Parameter isFromGuest: whether the guest transmits by it.
+  public init(
+    _ areas: VirtqueueAreas, features: VirtqueueFeatures, base: UInt32, mergesBuffers: Bool, isFromGuest: Bool,
+    memory: GuestMemory, kick: Int32, call: Int32
+  ) {
+    self.areas = areas
+    self.features = features
+    self.base = base
+    self.mergesBuffers = mergesBuffers
+    self.memory = memory
+    self.kick = kick
+    self.call = call
+    frames = isFromGuest ? ForeignMemory(bufferCount: min(areas.size, Self.framesMax)) : nil
+  }
+
+  /// The worker's handle, free of reference counting.
+  @safe
+  public struct Reference: BitwiseCopyable, @unchecked Sendable {
+    let ring: Unmanaged<GuestRing>
+
+    var kick: Int32 { unsafe ring._withUnsafeGuaranteedRef { $0.kick } }
+  }
+  public var reference: Reference { unsafe Reference(ring: Unmanaged.passUnretained(self)) }
+}
