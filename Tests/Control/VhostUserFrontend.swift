@@ -75,6 +75,9 @@ final class VhostUserFrontend {
 
   init(_ socket: OwnedDescriptor) { self.socket = socket }
 
+  /// Over at once, even while a process that another test starts has a copy of it.
+  deinit { shutdown(socket.number, Int32(SHUT_RDWR)) }
+
   /// Two connected ends.
   static func pair() -> (VhostUserFrontend, OwnedDescriptor) {
     var ends: [Int32] = [0, 0]

@@ -174,7 +174,7 @@ import Testing
     #expect(start.kick == nil && start.call == nil)
   }
 
-  /// virtio-devices/src/vhost_user of cloud-hypervisor: it asks for the answer to everything, and keeps in-flight memory.
+  /// virtio-devices/src/vhost_user of cloud-hypervisor: every message is to be answered, and in-flight memory is kept.
   @Test func cloudHypervisorStartsPausesAndStopsOnePairOfQueues() throws {
     let file = SharedFile("vhost-user-cloud-hypervisor")
     var frontend = VhostUserConversation(.init(queuePairsMax: 1))

@@ -36,6 +36,9 @@ final class VhostUserStream {
   /// - Parameter socket: connected; need not be non-blocking.
   init(_ socket: OwnedDescriptor) { self.socket = socket }
 
+  /// Over at once, even while a process that is being started has a copy of it.
+  deinit { shutdown(socket.number, Int32(SHUT_RDWR)) }
+
   /// Whether a reply waits for room.
   var wantsToSend: Bool { !outgoing.isEmpty }
 
