@@ -1,6 +1,7 @@
 import CLinux
 import Datapath
 import Glibc
+import Synchronization
 import TestSupport
 import Testing
 
@@ -126,7 +127,7 @@ struct VirtioMemoryTests {
     let bytes = 64
     let storage = UnsafeMutableRawPointer.allocate(byteCount: bytes * 3, alignment: 8)
     defer { unsafe storage.deallocate() }
-    let memory = try GuestMemory([], log: unsafe GuestMemory.Log(base: storage + bytes, bytes: bytes))
+    let memory = try GuestMemory([], log: unsafe DirtyLog(base: storage + bytes, bytes: bytes))
     for _ in 0..<2_000 {
       unsafe storage.initializeMemory(as: UInt8.self, repeating: 0, count: bytes * 3)
       let start = UInt64.random(in: 0...UInt64(bytes * 8 + 40) * 4096, using: &random)
@@ -144,6 +145,35 @@ struct VirtioMemoryTests {
     }
   }
 
+  @Test("workers that mark pages of the same bytes, while the frontend takes bits out, lose none")
+  func dirtyLogIsShared() throws {
+    let bytes = 32
+    let storage = UnsafeMutableRawPointer.allocate(byteCount: bytes, alignment: 8)
+    defer { unsafe storage.deallocate() }
+    unsafe storage.initializeMemory(as: UInt8.self, repeating: 0, count: bytes)
+    let log = unsafe DirtyLog(base: storage, bytes: bytes)
+    let memory = try GuestMemory([], log: log)
+    // Each worker marks pages of its own, which share every byte with the others'.
+    let workers = (0..<3).map { worker in
+      TestThread {
+        for page in 0..<bytes * 8 where page % 3 == worker {
+          memory.reference.markDirty(UInt64(page) * 4096 + 4095, bytes: 1)
+        }
+      }
+    }
+    var taken = [UInt64](repeating: 0, count: bytes / 8)
+    func take() {
+      for index in taken.indices {
+        let word = unsafe (storage + 8 * index).assumingMemoryBound(to: Atomic<UInt64>.self)
+        taken[index] |= unsafe word.pointee.exchange(0, ordering: .sequentiallyConsistent)
+      }
+    }
+    for _ in 0..<100 { take() }
+    for worker in workers { worker.join() }
+    take()
+    #expect(taken.allSatisfy { $0 == .max })
+  }
+
   @Test("what the device writes of a ring and of a chain is in the dirty log", arguments: [false, true])
   func ringsAreLogged(isPacked: Bool) throws {
     // A log of one page's bits for all below 0x101_0000.
@@ -151,7 +181,7 @@ struct VirtioMemoryTests {
     let storage = UnsafeMutableRawPointer.allocate(byteCount: bytes, alignment: 8)
     defer { unsafe storage.deallocate() }
     unsafe storage.initializeMemory(as: UInt8.self, repeating: 0, count: bytes)
-    let guest = try VirtioGuest(log: unsafe GuestMemory.Log(base: storage, bytes: bytes))
+    let guest = try VirtioGuest(log: unsafe DirtyLog(base: storage, bytes: bytes))
     if isPacked {
       try log(PackedQueue.self, PackedDriver(guest, size: 1024, features: [.eventIndex], base: 0x8000), 0x8000)
     } else {
@@ -161,7 +191,7 @@ struct VirtioMemoryTests {
       (0..<bytes * 8).filter { page in
         unsafe storage.load(fromByteOffset: page / 8, as: UInt8.self) >> (page % 8) & 1 != 0
       })
-    // 300 chains: 300 used elements of 8 bytes, or descriptors of 16; the device's event; two pages of the buffer.
+    // 300 chains: 300 used elements of 8 bytes, or descriptors of 16; the device's event; both pages that chains wrote.
     let rings: Set<Int> = isPacked ? [0x100, 0x101, 0x1a0] : [0x1a0, 0x1a2]
     #expect(pages == rings.union([0x1000, 0x1001]))
   }
@@ -175,12 +205,19 @@ struct VirtioMemoryTests {
       VirtqueueLogAddresses(
         descriptor: VirtioGuest.ringsAddress, device: VirtioGuest.ringsAddress + 0xa_0000))
     var chain = VirtioChain()
-    for _ in 0..<300 {
+    var singles = VirtioSingles()
+    for number in 0..<300 {
       let buffer = VirtioBuffer(address: VirtioGuest.buffersAddress + 4000, bytes: 8000, isWritable: true)
       _ = driver.offer([buffer], isIndirect: false)
-      try #require(queue.next(memory, into: &chain) == .chain)
-      queue.complete(chain.token, writtenBytes: 100)
-      chain.markDirty(memory, bytes: 100)
+      if number % 2 == 0 {
+        try #require(queue.next(memory, into: &chain) == .chain)
+        chain.markDirty(memory, bytes: 100)
+        queue.complete(chain.token, writtenBytes: 100)
+      } else {
+        _ = queue.take(memory, upTo: 1, into: &singles)
+        singles[0].markDirty(memory, bytes: 4192)
+        queue.complete(singles[0].token, writtenBytes: 4192)
+      }
     }
     queue.publish(memory)
     _ = queue.askForKicks(memory)

@@ -12,11 +12,13 @@ private struct Exercise<Queue: Virtqueue & ~Copyable, Driver: VirtioDriver>: ~Co
   var random: SeededRandom
   let features: VirtqueueFeatures
   var chain = VirtioChain()
+  var singles = VirtioSingles()
 
   struct Offer {
     var identifier: UInt16
     var buffers: [VirtioBuffer]
     var weight: Int
+    var isIndirect: Bool
   }
   var offered: [Offer] = []
   /// With the number by which it was taken.
@@ -33,6 +35,7 @@ private struct Exercise<Queue: Virtqueue & ~Copyable, Driver: VirtioDriver>: ~Co
   var kickCount = 0
   var rewindCount = 0
   var againCount = 0
+  var singleCount = 0
   /// Chains in front of those offered that a device before took.
   var againLeft = 0
   /// Where chains in flight are noted; empty where they are not.
@@ -57,12 +60,13 @@ private struct Exercise<Queue: Virtqueue & ~Copyable, Driver: VirtioDriver>: ~Co
   private mutating func number(_ range: ClosedRange<Int>) -> Int { Int.random(in: range, using: &random) }
 
   mutating func step() throws {
-    switch number(0...7) {
+    switch number(0...9) {
     case 0, 1: offer()
-    case 2, 3: try take(number(1...5))
-    case 4: try giveBack()
-    case 5: for _ in 0..<number(0...taken.count) { complete() }
-    case 6: try publish()
+    case 2, 3, 4: try take(number(1...5))
+    case 5: try takeSingles(number(1...80))
+    case 6: try giveBack()
+    case 7: for _ in 0..<number(0...taken.count) { complete() }
+    case 8: try publish()
     default: try arm()
     }
   }
@@ -71,7 +75,8 @@ private struct Exercise<Queue: Virtqueue & ~Copyable, Driver: VirtioDriver>: ~Co
     for _ in 0..<number(1...4) {
       let isIndirect = features.contains(.indirectDescriptors) && number(0...2) == 0
       // No chain is longer than the ring, and no table either.
-      let room = min(isIndirect ? queue.size : driver.freePlaces, 12)
+      let most = number(0...1) == 0 ? 1 : 12
+      let room = min(isIndirect ? queue.size : driver.freePlaces, most)
       guard driver.freePlaces > 0, room > 0 else { break }
       let readable = number(0...room)
       let writable = number((readable == 0 ? 1 : 0)...room - readable)
@@ -79,7 +84,9 @@ private struct Exercise<Queue: Virtqueue & ~Copyable, Driver: VirtioDriver>: ~Co
         VirtioBuffer.random(&random, isWritable: index >= readable)
       }
       let identifier = driver.offer(buffers, isIndirect: isIndirect)
-      offered.append(Offer(identifier: identifier, buffers: buffers, weight: driver.weight(of: identifier)))
+      offered.append(
+        Offer(
+          identifier: identifier, buffers: buffers, weight: driver.weight(of: identifier), isIndirect: isIndirect))
     }
     let mustKick = driver.mustKick()
     if isArmed, !offered.isEmpty { #expect(mustKick, "the driver kicks a device that asked for it") }
@@ -103,6 +110,32 @@ private struct Exercise<Queue: Virtqueue & ~Copyable, Driver: VirtioDriver>: ~Co
       taken.append((offer, chainCount, chain.token))
       chainCount += 1
     }
+  }
+
+  /// Takes those in front that are single, and gives some of them back.
+  mutating func takeSingles(_ most: Int) throws {
+    let expected =
+      againLeft > 0 ? [] : offered.prefix(min(most, VirtioSingles.countMax)).prefix { isSingle($0) }
+    let isLeft = queue.take(guest.memory.reference, upTo: most, into: &singles)
+    try #require(singles.count == expected.count)
+    try #require(isLeft == (singles.count < min(most, offered.count, VirtioSingles.countMax)))
+    for (index, offer) in expected.enumerated() {
+      let single = singles[index]
+      let piece = VirtioPiece(place: unsafe UInt(bitPattern: single.place), bytes: Int(single.bytes))
+      try #require(single.token.identifier == offer.identifier && single.isWritable == offer.buffers[0].isWritable)
+      try #require(guest.pieces(of: offer.buffers[0]) == [piece] && single.guestAddress == offer.buffers[0].address)
+    }
+    let kept = number(0...2) > 0 ? expected.count : number(0...expected.count)
+    if kept < expected.count { queue.giveBack(last: expected.count - kept) }
+    for index in 0..<kept {
+      taken.append((offered.removeFirst(), chainCount, singles[index].token))
+      chainCount += 1
+    }
+    singleCount += kept
+  }
+
+  func isSingle(_ offer: Offer) -> Bool {
+    !offer.isIndirect && offer.buffers.count == 1 && guest.pieces(of: offer.buffers[0]).count == 1
   }
 
   func check(_ offer: Offer) throws {
@@ -275,7 +308,9 @@ struct VirtioQueueTests {
         try exercise.step()
         if count % 500 == 0 { try exercise.resume() }
       }
-      let counts = [exercise.chainCount, exercise.callCount, exercise.kickCount, exercise.rewindCount]
+      let counts = [
+        exercise.chainCount, exercise.callCount, exercise.kickCount, exercise.rewindCount, exercise.singleCount,
+      ]
       #expect(counts.allSatisfy { $0 > 20 }, "chains, calls, kicks and chains given back were all seen: \(counts)")
     }
   }

@@ -21,7 +21,7 @@ final class VirtioGuest: @unchecked Sendable {
   let memory: GuestMemory
   private let pageBytes = 4096
 
-  init(log: GuestMemory.Log? = nil) throws {
+  init(log: DirtyLog? = nil) throws {
     let sizes: [(UInt64, Int)] = [
       (Self.tablesAddress, Self.tablesBytes), (Self.buffersBorder, 0x8000), (Self.buffersAddress, 0x8000),
       (Self.ringsAddress, Self.ringsBytes),

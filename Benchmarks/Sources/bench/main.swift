@@ -6,7 +6,8 @@ import Glibc
 
 let usage = """
   usage: bench [PART] [--smoke] [--repetitions N] [--json FILE]
-    PART            ring | checksum | lookup | encapsulation | segmentation | route | layouts: that one alone
+    PART            ring | checksum | lookup | encapsulation | segmentation | route | layouts |
+                    virtqueue: that one alone
     --smoke         few items, once: only checks that results are right; exit code 1 when one is wrong
     --repetitions   how often each row is measured, 1 to 1000; 7 unless given
     --json          writes all figures to a file too
@@ -15,7 +16,7 @@ let usage = """
 let benchmarks: [(name: String, run: (Report) -> Void)] = [
   ("ring", benchmarkRing), ("checksum", benchmarkChecksum), ("lookup", benchmarkLookup),
   ("encapsulation", benchmarkEncapsulation), ("segmentation", benchmarkSegmentation), ("route", benchmarkRoute),
-  ("layouts", benchmarkLayouts),
+  ("layouts", benchmarkLayouts), ("virtqueue", benchmarkVirtqueue),
 ]
 
 func exitWrongUsage(_ what: String) -> Never {

@@ -9,8 +9,6 @@ import Glibc
 public final class GuestMemory: @unchecked Sendable {
   /// What QEMU's own library for backends takes when it offers memory slots (VHOST_USER_MAX_RAM_SLOTS).
   public static let regionsMax = 509
-  /// One bit of the dirty log is one page of so many bytes (VHOST_LOG_PAGE, docs/interop/vhost-user of QEMU).
-  public static let logPageBytes = 4096
 
   /// Memory that is one run in all three views.
   @safe
@@ -23,23 +21,22 @@ public final class GuestMemory: @unchecked Sendable {
     /// Where we have it mapped.
     public var mapping: UnsafeMutableRawPointer
 
+    @inline(__always)
+    func contains(_ address: UInt64) -> Bool { address &- guestAddress < bytes }
+
+    /// Where a range is with us, which is not empty; nil where it is not all within.
+    @unsafe @inline(__always)
+    func place(of address: UInt64, bytes count: UInt32) -> UnsafeMutableRawPointer? {
+      let offset = address &- guestAddress
+      guard count > 0, offset < bytes, UInt64(count) <= bytes &- offset else { return nil }
+      return unsafe mapping + Int(truncatingIfNeeded: offset)
+    }
+
     public init(guestAddress: UInt64, userAddress: UInt64, bytes: UInt64, mapping: UnsafeMutableRawPointer) {
       self.guestAddress = guestAddress
       self.userAddress = userAddress
       self.bytes = bytes
       unsafe self.mapping = unsafe mapping
-    }
-  }
-
-  /// The dirty log: where the bits of written pages are set, from page 0 of guest physical memory on.
-  @safe
-  public struct Log: BitwiseCopyable, @unchecked Sendable {
-    public var base: UnsafeMutableRawPointer
-    public var bytes: Int
-
-    public init(base: UnsafeMutableRawPointer, bytes: Int) {
-      unsafe self.base = unsafe base
-      self.bytes = bytes
     }
   }
 
@@ -67,12 +64,12 @@ public final class GuestMemory: @unchecked Sendable {
   /// By guest address.
   private let regions: UnsafeMutablePointer<Region>
   public let regionCount: Int
-  public let log: Log?
+  public let log: DirtyLog?
 
   /// - Parameters:
   ///   - regions: in any order. Frontend addresses may overlap: one memory may have two guest addresses.
   ///   - log: where written pages are noted, for a guest that is about to move to another host.
-  public init(_ regions: [Region], log: Log? = nil) throws(TableError) {
+  public init(_ regions: [Region], log: DirtyLog? = nil) throws(TableError) {
     guard regions.count <= Self.regionsMax else { throw .tooManyRegions(regions.count) }
     let sorted = regions.sorted { $0.guestAddress < $1.guestAddress }
     for region in sorted {
@@ -123,12 +120,12 @@ public final class GuestMemory: @unchecked Sendable {
   public struct Reference: BitwiseCopyable, @unchecked Sendable {
     fileprivate let regions: UnsafeMutablePointer<Region>?
     fileprivate let count: Int
-    fileprivate let log: Log?
+    fileprivate let log: DirtyLog?
 
     /// Nothing is mapped.
     public static var none: Reference { unsafe Reference(regions: nil, count: 0, log: nil) }
 
-    /// Whether written pages are to be marked.
+    /// Whether written pages are to be marked: the one branch that a log costs where there is none.
     @inline(__always)
     public var isLogged: Bool { log != nil }
 
@@ -151,6 +148,23 @@ public final class GuestMemory: @unchecked Sendable {
       unsafe iovec(
         iov_base: region.pointee.mapping + Int(truncatingIfNeeded: offset),
         iov_len: Int(truncatingIfNeeded: min(UInt64(bytes), region.pointee.bytes - offset)))
+    }
+
+    /// The region that was hit last; one without bytes where there is none.
+    @inline(__always)
+    func region(_ hint: Hint) -> Region {
+      guard hint.index < count else {
+        return unsafe Region(
+          guestAddress: 0, userAddress: 0, bytes: 0, mapping: UnsafeMutableRawPointer(bitPattern: 1).unsafelyUnwrapped)
+      }
+      return unsafe regions.unsafelyUnwrapped[hint.index]
+    }
+
+    /// The same, once it is the one that has an address; where none has, it is another.
+    @inline(never)
+    func region(at address: UInt64, _ hint: inout Hint) -> Region {
+      _ = unsafe search(address, bytes: 1, hint: &hint)
+      return region(hint)
     }
 
     @unsafe @inline(never)
@@ -198,28 +212,11 @@ public final class GuestMemory: @unchecked Sendable {
       return .pieces(count)
     }
 
-    /// Notes in the dirty log that the pages of a range were written, after they were; pages beyond the log are left
-    /// out.
+    /// Notes in the dirty log, where there is one, that a range was written, after it was.
     @inline(__always)
     public func markDirty(_ address: UInt64, bytes: Int) {
-      guard let log, bytes > 0 else { return }
-      Self.mark(log, address, bytes)
-    }
-
-    @inline(never)
-    private static func mark(_ log: Log, _ address: UInt64, _ bytes: Int) {
-      let (sum, overflow) = address.addingReportingOverflow(UInt64(bytes) - 1)
-      let pageBytes = UInt64(GuestMemory.logPageBytes)
-      var page = address / pageBytes
-      let last = min((overflow ? .max : sum) / pageBytes, UInt64(log.bytes) * 8 &- 1)
-      guard log.bytes > 0 else { return }
-      while page <= last {
-        // The bits of one byte at once.
-        let end = min(last, page | 7)
-        let bits = UInt8(truncatingIfNeeded: (UInt16(0xFF) >> (7 - (end - page))) << (page & 7))
-        unsafe SharedWord.setBits8(bits, at: log.base + Int(page / 8))
-        page = end + 1
-      }
+      guard let log else { return }
+      log.mark(address, bytes: bytes)
     }
   }
 }

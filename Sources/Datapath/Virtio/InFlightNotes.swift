@@ -161,6 +161,7 @@ struct InFlightNotes: ~Copyable, @unchecked Sendable {
   }
 
   /// A chain was taken, the one of this number.
+  @inline(never)
   mutating func noteSplit(_ head: UInt16, number: Int) {
     taken[number % size] = head
     unsafe SharedWord.store64(counter, at: split(head) + Split.counter)
@@ -356,6 +357,14 @@ extension InFlightNotes {
     free = links[Int(last)]
     storeFree()
     return head
+  }
+
+  /// A chain of one descriptor was taken.
+  @inline(never)
+  mutating func noteSingle(address: UInt64, bytes: UInt32, identifier: UInt16, flags: UInt16, number: Int) -> UInt16 {
+    var cursor: UInt16?
+    fillPacked(&cursor, address: address, bytes: bytes, identifier: identifier, flags: flags)
+    return notePacked(last: free, places: 1, number: number)
   }
 
   mutating func forgetPacked(_ numbers: Range<Int>) {

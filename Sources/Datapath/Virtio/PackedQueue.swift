@@ -150,6 +150,67 @@ public struct PackedQueue: Virtqueue, ~Copyable, @unchecked Sendable {
     return .chain
   }
 
+  @inline(__always)
+  public mutating func take(
+    _ memory: GuestMemory.Reference, upTo most: Int, into singles: inout VirtioSingles
+  ) -> Bool {
+    singles.count = 0
+    if inFlight.isOn, inFlight.hasAgain { return true }
+    let count = min(most, VirtioSingles.countMax)
+    // What is wrong beyond it `next` tells.
+    let room = size - takenPlaces - stagedPlaces
+    let ring = unsafe descriptors
+    let notesChains = inFlight.isOn
+    var isLeft = false
+    var index = nextAvailable
+    var bits = availableBits
+    var region = memory.region(pieceHint)
+    var taken = 0
+    while taken < count {
+      let descriptor = unsafe ring + VirtioDescriptor.bytes &* index
+      let flags = unsafe SharedWord.load16Acquiring(descriptor + 14)
+      guard flags & Self.ownershipBits == bits else { break }
+      isLeft = true
+      guard flags & (VirtioDescriptor.next | VirtioDescriptor.indirect) == 0, taken < room else { break }
+      let address = unsafe SharedWord.load64(descriptor)
+      let rest = unsafe SharedWord.load64(descriptor + 8)
+      if !region.contains(address) { region = memory.region(at: address, &pieceHint) }
+      let bytes = UInt32(truncatingIfNeeded: rest)
+      let identifier = UInt16(truncatingIfNeeded: rest >> 32)
+      guard let place = unsafe region.place(of: address, bytes: bytes) else { break }
+      var note: UInt16 = 0
+      if notesChains {
+        note = inFlight.noteSingle(
+          address: address, bytes: bytes, identifier: identifier, flags: flags, number: takenTotal &+ taken)
+      }
+      isLeft = false
+      unsafe singles.set(
+        taken, place, guestAddress: address, bytes: bytes, isWritable: flags & VirtioDescriptor.write != 0,
+        token: VirtioChain.Token(identifier: identifier, places: 1, note: note))
+      taken &+= 1
+      index &+= 1
+      if index == size {
+        index = 0
+        bits ^= Self.ownershipBits
+      }
+    }
+    singles.count = taken
+    nextAvailable = index
+    availableBits = bits
+    takenPlaces &+= taken
+    takenCount &+= taken
+    takenTotal &+= taken
+    return isLeft
+  }
+
+  public mutating func giveBack(last count: Int) {
+    let index = nextAvailable - count
+    rewind(
+      to: VirtqueueMark(
+        available: UInt16(truncatingIfNeeded: index < 0 ? index + size : index),
+        availableBits: index < 0 ? availableBits ^ Self.ownershipBits : availableBits, takenTotal: takenTotal &- count))
+  }
+
   /// A chain that a device before took, as it was noted: its place on the ring may be written over.
   @inline(never)
   private mutating func nextAgain(_ memory: GuestMemory.Reference, into chain: inout VirtioChain) -> VirtqueueResult {
@@ -241,21 +302,23 @@ public struct PackedQueue: Virtqueue, ~Copyable, @unchecked Sendable {
   @inline(__always)
   public mutating func complete(_ token: VirtioChain.Token, writtenBytes: Int) {
     precondition(takenCount > 0 && takenPlaces >= Int(token.places), "a chain is completed that was not taken")
-    takenCount -= 1
+    takenCount &-= 1
     takenPlaces -= Int(token.places)
     let place = unsafe place(nextUsed)
-    unsafe SharedWord.store32(UInt32(clamping: writtenBytes), at: place + 8)
-    unsafe SharedWord.store16(token.identifier, at: place + 12)
+    let bytes = UInt32(clamping: writtenBytes)
     let flags = usedBits | (writtenBytes > 0 ? VirtioDescriptor.write : 0)
     // The driver looks at a place only when it has seen the one before: without the first flags it sees none.
     if stagedPlaces == 0 {
+      unsafe SharedWord.store32(bytes, at: place + 8)
+      unsafe SharedWord.store16(token.identifier, at: place + 12)
       stagedFirst = nextUsed
       stagedFlags = flags
     } else {
-      unsafe SharedWord.store16(flags, at: place + 14)
+      unsafe SharedWord.store64(
+        UInt64(bytes) | UInt64(token.identifier) << 32 | UInt64(flags) << 48, at: place + 8)
     }
-    stagedPlaces += Int(token.places)
-    nextUsed += Int(token.places)
+    stagedPlaces &+= Int(token.places)
+    nextUsed &+= Int(token.places)
     if nextUsed >= size {
       nextUsed -= size
       usedBits ^= Self.ownershipBits

@@ -96,6 +96,58 @@ public struct SplitQueue: Virtqueue, ~Copyable, @unchecked Sendable {
     return .chain
   }
 
+  @inline(__always)
+  public mutating func take(
+    _ memory: GuestMemory.Reference, upTo most: Int, into singles: inout VirtioSingles
+  ) -> Bool {
+    singles.count = 0
+    if inFlight.isOn, inFlight.hasAgain { return true }
+    var ready = Int(availableSeen &- nextAvailable)
+    if ready < most {
+      availableSeen = unsafe SharedWord.load16Acquiring(available + 2)
+      ready = Int(availableSeen &- nextAvailable)
+    }
+    // What is wrong with these `next` tells.
+    guard ready <= size - takenCount - Int(nextUsed &- publishedUsed) else { return true }
+    let count = min(ready, most, VirtioSingles.countMax)
+    // All that the loop needs at hand: what it stores might be any of it, for all that the compiler knows.
+    let mask = size &- 1
+    let start = Int(nextAvailable)
+    let heads = unsafe available + 4
+    let table = unsafe descriptors
+    let notesChains = inFlight.isOn
+    var region = memory.region(pieceHint)
+    var taken = 0
+    while taken < count {
+      let head = unsafe SharedWord.load16(heads + 2 &* ((start &+ taken) & mask))
+      guard Int(head) <= mask else { break }
+      let descriptor = unsafe table + VirtioDescriptor.bytes &* Int(head)
+      let address = unsafe SharedWord.load64(descriptor)
+      let rest = unsafe SharedWord.load64(descriptor + 8)
+      let flags = UInt16(truncatingIfNeeded: rest >> 32)
+      guard flags & (VirtioDescriptor.next | VirtioDescriptor.indirect) == 0 else { break }
+      if !region.contains(address) { region = memory.region(at: address, &pieceHint) }
+      let bytes = UInt32(truncatingIfNeeded: rest)
+      guard let place = unsafe region.place(of: address, bytes: bytes) else { break }
+      if notesChains { inFlight.noteSplit(head, number: takenTotal &+ taken) }
+      unsafe singles.set(
+        taken, place, guestAddress: address, bytes: bytes, isWritable: flags & VirtioDescriptor.write != 0,
+        token: VirtioChain.Token(identifier: head, places: 1))
+      taken &+= 1
+    }
+    singles.count = taken
+    nextAvailable &+= UInt16(truncatingIfNeeded: taken)
+    takenCount &+= taken
+    takenTotal &+= taken
+    return taken < count
+  }
+
+  public mutating func giveBack(last count: Int) {
+    rewind(
+      to: VirtqueueMark(
+        available: nextAvailable &- UInt16(truncatingIfNeeded: count), takenTotal: takenTotal &- count))
+  }
+
   /// A chain that a device before took: its descriptors stand in the table as long as it is not given back.
   @inline(never)
   private mutating func nextAgain(_ memory: GuestMemory.Reference, into chain: inout VirtioChain) -> VirtqueueResult {
@@ -174,8 +226,8 @@ public struct SplitQueue: Virtqueue, ~Copyable, @unchecked Sendable {
   @inline(__always)
   public mutating func complete(_ token: VirtioChain.Token, writtenBytes: Int) {
     precondition(takenCount > 0, "a chain is completed that was not taken")
-    takenCount -= 1
-    let place = unsafe used + 4 + 8 * (Int(nextUsed) & (size - 1))
+    takenCount &-= 1
+    let place = unsafe used + 4 + 8 * (Int(nextUsed) & (size &- 1))
     unsafe SharedWord.store32(UInt32(token.identifier), at: place)
     unsafe SharedWord.store32(UInt32(clamping: writtenBytes), at: place + 4)
     nextUsed &+= 1

@@ -19,6 +19,15 @@ public protocol Virtqueue: ~Copyable {
   /// tells the same as long as the driver leaves it so: the queue is to be stopped.
   mutating func next(_ memory: GuestMemory.Reference, into chain: inout VirtioChain) -> VirtqueueResult
 
+  /// Takes the next chains as long as they are single ones, up to `most`, and asks for the first lines of all of them at
+  /// once, so that their misses overlap.
+  /// - Returns: whether the next chain is there and was left because it is none of these: `next` takes it, or tells
+  ///   what is wrong with it.
+  mutating func take(_ memory: GuestMemory.Reference, upTo most: Int, into singles: inout VirtioSingles) -> Bool
+  /// Gives back the last of the chains that `take` took, none of which is completed: the next one taken is the first of
+  /// them.
+  mutating func giveBack(last count: Int)
+
   /// Where the queue stands, to come back to.
   var mark: VirtqueueMark { get }
   /// Gives back all chains taken since the mark, none of which is completed: the next one taken is the first of them.

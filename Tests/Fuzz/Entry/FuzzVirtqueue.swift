@@ -27,6 +27,7 @@ private func use<Queue: Virtqueue & ~Copyable>(_ given: consuming Queue, _ guest
   var queue = given
   let memory = guest.memory.reference
   var chain = VirtioChain()
+  var singles = VirtioSingles()
   var tokens: [VirtioChain.Token] = []
   for turn in 0..<2 * queue.size {
     let mark = queue.mark
@@ -47,6 +48,13 @@ private func use<Queue: Virtqueue & ~Copyable>(_ given: consuming Queue, _ guest
       precondition((chain.readableBytes, chain.writableBytes) == bytes)
     }
     tokens.append(chain.token)
+    if turn % 5 == 4 {
+      _ = queue.take(memory, upTo: turn, into: &singles)
+      for index in 0..<singles.count { guest.check(singles[index]) }
+      let keptCount = singles.count / 2
+      queue.giveBack(last: singles.count - keptCount)
+      for index in 0..<keptCount { tokens.append(singles[index].token) }
+    }
     precondition(queue.takenCount == tokens.count && tokens.count <= queue.size)
     if turn % 4 == 3 {
       // Which changes what the guest wrote, where that overlaps.
@@ -94,6 +102,12 @@ private final class FuzzGuest {
   func check(_ chain: borrowing VirtioChain) {
     let bytes = unsafe check(chain.readable) + check(chain.writable)
     precondition(bytes == chain.readableBytes + chain.writableBytes)
+  }
+
+  func check(_ single: VirtioSingle) {
+    let start = unsafe UInt(bitPattern: single.place)
+    let isWithin = unsafe isWithin(start, UInt(single.bytes), of: low) || isWithin(start, UInt(single.bytes), of: high)
+    precondition(single.bytes > 0 && isWithin, "a chain of one piece lies within the guest's memory")
   }
 
   private func check(_ pieces: UnsafeBufferPointer<iovec>) -> Int {
