@@ -141,16 +141,16 @@ private final class FakePort {
     let port = FakePort()
     var memory = try FrameMemory(slotCount: 1, hugePages: false)
     let owner = memory.adopt(port.memory.reference)
-    let pieces = (0..<16).map { $0 * 4_096..<$0 * 4_096 + 100 }
+    let pieces = (0..<20).map { $0 * 4_096..<$0 * 4_096 + 100 }
     let segments = try #require(port.bring(0, pieces, headerBytes: 54))
     #expect(segments == ForeignMemory.segmentsMax)
-    let whole = gather(memory, descriptor(owner, 0, length: 1_600, segments: segments))
+    let whole = gather(memory, descriptor(owner, 0, length: 2_000, segments: segments))
     #expect(whole == expected(pieces))
     // It fits a send beside the encapsulation header.
     var pool = SendPool(count: 1)
     let operation = pool.take()!
     let isFilled = pool.fill(
-      operation, descriptor(owner, 0, length: 1_600, segments: segments), egress: InterfaceIndex(1),
+      operation, descriptor(owner, 0, length: 2_000, segments: segments), egress: InterfaceIndex(1),
       lane: .datagramIPv4, header: SendPool.Header(count: 8), memory)
     #expect(isFilled)
     #expect(port.bring(1, pieces + [0..<1], headerBytes: 54) == nil)

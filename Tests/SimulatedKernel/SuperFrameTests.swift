@@ -387,8 +387,10 @@ struct Bench: ~Copyable {
     for _ in 0..<10_000 where !isDone() { for host in hosts { try host.turn() } }
   }
 
-  @Test("a flood gives the whole to a port and the segments to each link, and the accounts hold")
-  func flood() throws {
+  @Test(
+    "a flood gives the whole to a port and the segments to each link, and the accounts hold",
+    arguments: [Int.max, 64, 77])
+  func flood(copiedBytes: Int) throws {
     var plan = SimulatedHost.Plan()
     plan.hosts = 3
     plan.guests = 2
@@ -396,7 +398,7 @@ struct Bench: ~Copyable {
     let hosts = try (0..<plan.hosts).map { try SimulatedHost(network, plan, number: $0) }
     for _ in 0..<50 { for host in hosts { try host.turn() } }
     let made = try makeFrame()
-    let port = FakePort(hosts[0], made, copiedBytes: made.bytes.count)
+    let port = FakePort(hosts[0], made, copiedBytes: min(copiedBytes, made.bytes.count))
     hosts[0].bring(try port.descriptor(1))
     #expect(port.memory.reference.holds(1) == 1 + 2 * 4, "one send to the port, four to each link")
     #expect(hosts[0].inFlight == 4 + 2 * 4)
@@ -442,24 +444,6 @@ struct Bench: ~Copyable {
     #expect(bench.stage.operationsInUse == 37)
     #expect(bench.blocks[1].value(.dropNoSendOperation) == 0)
     extendLifetime(links)
-  }
-
-  @Test("a super-frame in several pieces is not cut: a port gets it, a link does not, and it is counted")
-  func severalPieces() throws {
-    var plan = SimulatedHost.Plan()
-    plan.guests = 2
-    let network = SimulatedNetwork(seed: 9)
-    let hosts = try (0..<plan.hosts).map { try SimulatedHost(network, plan, number: $0) }
-    for _ in 0..<50 { for host in hosts { try host.turn() } }
-    let made = try makeFrame()
-    let port = FakePort(hosts[0], made, copiedBytes: 64)
-    hosts[0].bring(try port.descriptor(0))
-    try run(hosts) { hosts[0].inFlight == 0 }
-    #expect(network.takeWritten(device: hosts[0].devices[1]).map(\.frame) == [made.bytes])
-    #expect(hosts[0].links(.offeredFrames) == 0)
-    #expect(hosts[0].ports(.dropBadOffload) == 4 && hosts[0].domains(.dropBadOffload) == 4)
-    #expect(port.memory.reference.takeReturned() == 0)
-    for audit in hosts[0].audits() { #expect(audit.holds, "\(audit)") }
   }
 
   @Test("with every fault of the kernel the accounts hold and buffers come back", arguments: UInt64(1)...UInt64(20))

@@ -5,8 +5,8 @@ import Datapath
 /// - Interfaces: the ports in order, then the links.
 /// - Sources, the same at each worker: control's waker, the underlay's socket of each family and encapsulation, then
 ///   each queue of each port. Only receivers open any but the first.
-/// - Lanes, the same at each worker: one for each port (of a vhost-user port, for each pair of queues), then one for each source port of each link. Only transmitters
-///   open any.
+/// - Lanes, the same at each worker: one for each port (of a vhost-user port, for each pair of queues), then one for
+///   each source port of each link. Only transmitters open any.
 struct Plan {
   let ports: [Configuration.Port]
   let links: [Configuration.Link]

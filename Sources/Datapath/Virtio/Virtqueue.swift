@@ -19,8 +19,8 @@ public protocol Virtqueue: ~Copyable {
   /// tells the same as long as the driver leaves it so: the queue is to be stopped.
   mutating func next(_ memory: GuestMemory.Reference, into chain: inout VirtioChain) -> VirtqueueResult
 
-  /// Takes the next chains as long as they are single ones, up to `most`, and asks for the first lines of all of them at
-  /// once, so that their misses overlap.
+  /// Takes the next chains as long as they are single ones, up to `most`, and asks for the first lines of all of them
+  /// at once, so that their misses overlap.
   /// - Returns: whether the next chain is there and was left because it is none of these: `next` takes it, or tells
   ///   what is wrong with it.
   mutating func take(_ memory: GuestMemory.Reference, upTo most: Int, into singles: inout VirtioSingles) -> Bool
