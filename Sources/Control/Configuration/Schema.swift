@@ -151,7 +151,9 @@ public enum Schema {
   static let ringEntriesMax = 32_768
   /// `sun_path` of linux/un.h, with its zero.
   static let socketPathBytesMax = 107
-  static func socketPath(port name: String) -> String { "/run/vnetr/\(name).sock" }
+  /// Where sockets are unless they are set; made where it is missing.
+  static let socketFolder = "/run/vnetr"
+  static func socketPath(port name: String) -> String { "\(socketFolder)/\(name).sock" }
   /// The largest buffer that a 32-bit socket option, which the kernel doubles, can ask for.
   static let socketBufferBytesMax = 1 << 30 - 1
   /// Room for a host name of 253 characters, brackets or a colon, and a port.
@@ -219,7 +221,8 @@ public enum Schema {
       "The network device's name: 1 to \(deviceNameBytesMax) bytes."),
     KeyDefinition(
       .port, "socket", .string("absolute path"), default: .derived("`/run/vnetr/NAME.sock`, NAME the port's"),
-      "The socket of a vhost-user port, which is made at start and removed at the end; its folder must be there."),
+      "The socket of a vhost-user port, which is made at start and removed at the end; its folder must be there unless "
+        + "it is `\(socketFolder)`."),
     KeyDefinition(
       .port, "domain", .string("name of a domain"),
       default: .derived("the only domain, where there is just one and the port is no end of a passthrough"),

@@ -1,4 +1,5 @@
 import Datapath
+import Glibc
 import Logging
 
 /// A `vhost-user` port at control: the socket that a frontend talks by, and each ring of its guest on its way to the
@@ -85,6 +86,8 @@ final class GuestPort {
     var features = VhostUserFeatures.served
     features.remove(.logAll)
     if !port.offloads { features.subtract(.offloads) }
+    // What is wrong with it, the socket tells.
+    if port.socket.hasPrefix(Schema.socketFolder + "/") { _ = unsafe mkdir(Schema.socketFolder, 0o755) }
     socket = try VhostUserSocket(
       .server, path: port.socket,
       settings: VhostUserSession.Settings(
