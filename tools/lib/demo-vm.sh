@@ -38,17 +38,15 @@ start_vm() {
   processes+=("$!")
 }
 
-vm_says() { # vm_says NAME TEXT: whether it has said so
-  kill -0 "${machine[$1]}" || {
-    cat "$state/$1.errors" >&2
-    die "the virtual machine $1 ended"
-  }
-  grep --quiet --text --fixed-strings "$2" "$state/$1.console"
-}
+vm_says() { grep --quiet --text --fixed-strings "$2" "$state/$1.console"; } # vm_says NAME TEXT: whether it has said so
+vm_ended() { [[ $(ps --no-headers -o stat -p "${machine[$1]}") != [!Z]* ]]; }
+vm_says_or_ended() { vm_says "$1" "$2" || vm_ended "$1"; }
 
 await_vm() { # await_vm NAME TEXT SECONDS
-  until_true "$3" vm_says "$1" "$2" || {
+  until_true "$3" vm_says_or_ended "$1" "$2" || true
+  vm_says "$1" "$2" || {
     tail -n 20 "$state/$1.console" "$state/$1.errors" >&2
+    vm_ended "$1" && die "the virtual machine $1 ended before it said '$2'"
     die "the virtual machine $1 did not say '$2' within $3 s"
   }
 }
@@ -116,15 +114,15 @@ measure_vms() { # measure_vms ROW
   [[ $answer == *round-trip* ]] || die "$1: the ping ended with: $answer"
   result[$1,rtt]=$(awk -F/ '/^round-trip/ { print $4 * 1000 }' <<<"$answer")
   vm_do B 'iperf3 --server >/dev/null &'
-  local column flags
-  for column in tcp back; do
+  local sender flags
+  for sender in A B; do
     flags=''
-    if [ $column = back ]; then flags=--reverse; fi
-    say "$1: TCP for $seconds s, guest ${column/tcp/A sends}"
+    if [ $sender = B ]; then flags=--reverse; fi
+    say "$1: TCP for $seconds s, guest $sender sends"
     sleep 1
     vm_run A $((seconds + 30)) "iperf3 --client $(guest_address B) --time $seconds --format k $flags"
     [[ $answer == *receiver* ]] || die "$1: iperf3 ended with: $answer"
-    result[$1,$column]=$(awk '/receiver/ { print $(NF - 2) / 1e6 }' <<<"$answer")
+    result[$1,$sender]=$(awk '/receiver/ { print $(NF - 2) / 1e6 }' <<<"$answer")
   done
 }
 
@@ -143,11 +141,10 @@ through_kernel() { # through_kernel ROW
 migration_seconds=20 # of TCP, in which the migration happens
 migration_port=4444
 
-has_migrated() {
+migration_ended() {
   monitor A 'info migrate'
   sleep 0.2
-  ! vm_says A 'Migration status: failed' || die "the migration failed: $(tail "$state/A.console")"
-  vm_says A 'Migration status: completed'
+  vm_says A 'Migration status: completed' || vm_says A 'Migration status: failed'
 }
 
 migration_value() { # migration_value NAME: of the monitor's last answer, in ms
@@ -167,7 +164,11 @@ migrate() {
   sleep 6
   start=$SECONDS
   monitor A "migrate -d tcp:$(host_address B):$migration_port"
-  until_true 60 has_migrated || die "the migration did not end: $(tail "$state/A.console")"
+  until_true 60 migration_ended || true
+  if ! vm_says A 'Migration status: completed' || vm_ended moved; then
+    tail -n 20 "$state/A.console" "$state/moved.errors" >&2
+    die 'the migration failed'
+  fi
   moved=$((SECONDS - start))
   stop_vm A
   say "guest A is on host B now, $moved s after the monitor was told; its connection goes on"
@@ -204,8 +205,8 @@ print_vm_table() {
   echo 'way                              µs  ratio       Gb/s  ratio          Gb/s  ratio'
   for row in "$@"; do
     printf '%-27s' "$row"
-    awk -v row="${result[$row,rtt]} ${result[$row,tcp]} ${result[$row,back]}" \
-      -v base="${result[$1,rtt]} ${result[$1,tcp]} ${result[$1,back]}" 'BEGIN {
+    awk -v row="${result[$row,rtt]} ${result[$row,A]} ${result[$row,B]}" \
+      -v base="${result[$1,rtt]} ${result[$1,A]} ${result[$1,B]}" 'BEGIN {
         split(row, value); split(base, first)
         printf "%8.0f %6.2f %10.2f %6.2f %13.2f %6.2f\n", value[1], value[1] / first[1], value[2], value[2] / first[2],
           value[3], value[3] / first[3]

@@ -74,6 +74,8 @@ final class GuestPort {
   private var queues: [Queue]
   /// Where pages that are written to are noted while the guest migrates.
   private var dirtyLog: VhostUserLog?
+  /// The guest that was announced last, while it is connected.
+  private var movedHere: MACAddress?
   /// Of changes that are not yet in force.
   private var version: UInt64?
 
@@ -152,6 +154,7 @@ final class GuestPort {
     case .connected: log.info("a guest is connected", metadata: ["port": "\(name)", "socket": "\(socket.path)"])
     case .disconnected:
       dirtyLog = nil
+      movedHere = nil
       log.info("the guest is gone", metadata: ["port": "\(name)"])
     case .refused(let why), .broken(let why):
       log.warning("what the guest's VMM asked for was refused", metadata: ["port": "\(name)", "why": "\(why)"])
@@ -189,7 +192,9 @@ final class GuestPort {
       return change(version, of: queue) { $1.usedLogAddress = address }
     case .errorChanged(_, _, let version): return change(version, of: queues.count) { _, _ in }
     case .sendRARP(let guest):
-      log.info("a guest has moved here", metadata: ["port": "\(name)", "mac": "\(guest)"])
+      // QEMU asks several times, in case a frame gets lost.
+      if movedHere != guest { log.info("a guest has moved here", metadata: ["port": "\(name)", "mac": "\(guest)"]) }
+      movedHere = guest
       worker.send(.announce(guest, interface: place.interface, domain: place.domain))
     case .mtuChanged, .reset: break
     }
