@@ -597,6 +597,9 @@ import Testing
     #expect(answered.effects.map(\.name) == ["reset"] && answered.replies.count == 1)
     #expect(frontend.backend.features.isEmpty && frontend.backend.memory.regions.count == 1)
     #expect(frontend.backend.protocolFeatures == .served)
+    frontend.send(.getQueueBase(.init(queue: 0)))
+    let base = (0 as UInt32).littleEndianBytes + (1 as UInt32).littleEndianBytes
+    #expect(frontend.replies.last?.payload == base, "some ask only now where it stood")
     #expect(frontend.refusal(.setQueueKick(.init(queue: 0)), [file.received]).contains("size is to be set"))
     frontend.agree()
     #expect(frontend.start(0, file) == ["start 0"])

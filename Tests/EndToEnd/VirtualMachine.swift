@@ -1,35 +1,13 @@
 import Testing
 
 extension EndToEnd {
-  /// A real virtual machine, whose monitor holds its TAP device: the service takes the device's other side.
+  /// Real virtual machines, by QEMU's software emulation.
   @Suite(needsForwarder, .disabled(if: Obstacle.toVirtualMachine != nil, "\(Obstacle.toVirtualMachine ?? "")"))
   struct VirtualMachine {
-    /// Boots Linux with a network card behind a TAP device of a host; it takes the address of guest `number`, runs
-    /// shell commands and stays up.
-    private func boot(_ host: Host, tap: String, number: Int, commands: String) throws -> ChildProcess {
-      let guest = Guest(number: number, namespace: host.namespace)
-      return try host.namespace.start([
-        "qemu-system-x86_64", "-accel", "tcg", "-m", "256", "-nodefaults", "-display", "none", "-serial", "stdio",
-        "-no-reboot", "-kernel", VirtualMachine.folder + "/vmlinuz", "-initrd", VirtualMachine.folder + "/initrd",
-        "-append",
-        // The initial ramdisk's `init` reads these; a command line has no other way to bear spaces.
-        "console=ttyS0 quiet panic=-1 vm_address=\(guest.address) "
-          + "vm_commands=\(commands.replacing(" ", with: "~"))",
-        "-netdev", "tap,id=n,ifname=\(tap),script=no,downscript=no",
-        "-device", "virtio-net-pci,netdev=n,mac=\(guest.mac),romfile=",
-      ])
-    }
-
-    /// Where `tools/setup --vm` puts kernel and initial ramdisk.
-    static let folder = ".build/vm"
-
     @Test(
       "a virtual machine's TAP device as a packet port carries ping and TCP with super-frames",
       arguments: ["uring", "syscalls"])
     func tapOfAMonitor(io: String) throws {
-      // Software emulation on a busy machine is slow.
-      let bootSeconds = 90.0
-      let bytes = 4 << 20
       try withLab { lab in
         let hosts = try lab.hosts(2)
         try hosts[0].namespace.ip("tuntap", "add", "dev", "vm1", "mode", "tap")
@@ -39,34 +17,159 @@ extension EndToEnd {
           flags: ["--io", io])
         let b = try lab.node(hosts[1], NodeConfiguration(hosts[1], among: hosts), guests: [2], flags: ["--io", io])
         let far = b.guests[0]
-        let listener = try StreamListener(in: far.namespace, address: far.address)
+        let machine = try Machine(on: hosts[0], number: 9, .tap("vm1"))
+        try machine.awaitBoot()
         let large = try Capture(in: hosts[0].namespace, device: "vm1", "tcp and greater 3000", framesMax: 1)
 
-        let machine = try boot(
-          hosts[0], tap: "vm1", number: 9,
-          commands: "ping -c 5 \(far.address) && echo PINGS; "
-            + "dd if=/dev/zero bs=64k count=\(bytes >> 16) | nc \(far.address) \(listener.port)")
-        defer { machine.kill() }
-        let receiver = try listener.accept(seconds: bootSeconds)
-        #expect(machine.standardOutput.contains("PINGS"), "\(machine.standardOutput)\(machine.standardError)")
-        var received: [UInt8] = []
-        _ = try eventually(within: bootSeconds) {
-          if received.count == bytes { return true }
-          return try receiver.receive(into: &received)
-        }
-        #expect(received.count == bytes)
-        #expect(received.allSatisfy { $0 == 0 })
+        try machine.expectPings(far)
+        let stream = try RunningStream(from: far, echoedBy: machine, seed: 1)
+        let difference = try stream.finish(bytes: [4_000_003])
+        #expect(difference == nil)
         #expect(large.isFull(), "the machine sent no super-frames: the test shows less than it should")
-        let machineItself = Guest(number: 9, namespace: hosts[0].namespace)
-        #expect(try far.ping(machineItself).isComplete)
+        #expect(try far.ping(machine.guest).isComplete)
         #expect(try far.checksumErrors() == [:])
 
         // The device stays the monitor's.
-        let report = try a.forwarder.stop()
-        expectConservation(report)
-        #expect(machine.isRunning)
+        expectConservation(try a.forwarder.stop())
+        #expect(machine.process.isRunning)
         #expect(hosts[0].namespace.has(device: "vm1"))
         try stopAll([b])
+      }
+    }
+
+    @Test(
+      "two virtual machines on two hosts reach each other by vhost-user: ping, and TCP both ways byte for byte",
+      arguments: zip(["uring", "uring", "syscalls"], [false, true, false]))
+    func twoMachines(io: String, isPacked: Bool) throws {
+      try withLab { lab in
+        let hosts = try lab.hosts(2)
+        let sockets = hosts.map { lab.socketPath("\($0.name)-vm1") }
+        let nodes = try hosts.map { host in
+          try lab.node(
+            host, NodeConfiguration(host, among: hosts, ports: [.vhostUser("vm1", sockets[host.index])]), guests: [],
+            flags: ["--io", io])
+        }
+        let machines = try hosts.map { host in
+          try Machine(on: host, number: host.index + 1, .vhostUser(sockets[host.index], isPacked: isPacked))
+        }
+        for machine in machines { try machine.awaitBoot() }
+        try machines[0].expectPings(machines[1].guest)
+        try machines[0].expectEcho(of: machines[1])
+        try machines[1].expectEcho(of: machines[0])
+        try stopAll(nodes)
+      }
+    }
+
+    @Test("a virtual machine and a namespace with a TAP device of the same host exchange a stream", arguments: [1, 4])
+    func besideTap(streamCount: Int) throws {
+      try withLab { lab in
+        let host = try lab.hosts(1)[0]
+        let socket = lab.socketPath("vm1")
+        let node = try lab.node(
+          host, NodeConfiguration(ports: [.vhostUser("vm1", socket), NodeConfiguration.Port(name: "tap1")]),
+          guests: [2])
+        let machine = try Machine(on: host, number: 1, .vhostUser(socket))
+        try machine.awaitBoot()
+        try machine.expectPings(node.guests[0])
+        #expect(try node.guests[0].ping(machine.guest, payloadBytes: 1_472, mayFragment: false).isComplete)
+        let streams = try (1...streamCount).map {
+          try RunningStream(from: node.guests[0], echoedBy: machine, seed: UInt64($0))
+        }
+        for stream in streams {
+          let difference = try stream.finish(bytes: [4_000_003])
+          #expect(difference == nil)
+        }
+        #expect(try node.guests[0].checksumErrors() == [:])
+        try stopAll([node])
+      }
+    }
+
+    @Test("a virtual machine is killed and started anew while another one's stream goes on")
+    func killedAndStartedAnew() throws {
+      try withLab { lab in
+        let host = try lab.hosts(1)[0]
+        let sockets = ["vm1", "vm2"].map { lab.socketPath($0) }
+        let node = try lab.node(
+          host,
+          NodeConfiguration(
+            ports: [.vhostUser("vm1", sockets[0]), .vhostUser("vm2", sockets[1]), NodeConfiguration.Port(name: "tap1")]
+          ),
+          guests: [3])
+        let victim = try Machine(on: host, number: 1, .vhostUser(sockets[0]))
+        let other = try Machine(on: host, number: 2, .vhostUser(sockets[1]))
+        for machine in [victim, other] { try machine.awaitBoot() }
+        let stream = try RunningStream(from: node.guests[0], echoedBy: other, seed: 1)
+        let lost = try RunningStream(from: node.guests[0], echoedBy: victim, seed: 2)
+        #expect(try lost.run { lost.receivedBytes > 1 << 20 })
+
+        victim.kill()
+        #expect(try stream.run { node.forwarder.isLogged("the guest is gone") })
+        let anew = try Machine(on: host, number: 1, .vhostUser(sockets[0]))
+        #expect(try stream.run(within: Machine.bootSeconds) { anew.process.standardOutput.contains("BOOTED") })
+        try anew.awaitBoot()
+        try anew.expectPings(node.guests[0])
+        try anew.expectEcho(of: other)
+        let received = stream.receivedBytes
+        #expect(try stream.run { stream.receivedBytes > received + 1 << 20 })
+        let difference = try stream.finish()
+        #expect(difference == nil)
+        try stopAll([node])
+      }
+    }
+
+    @Test("a virtual machine moves to another host under a stream, and frames follow it", arguments: [false, true])
+    func migration(isPacked: Bool) throws {
+      try withLab { lab in
+        let hosts = try lab.hosts(2)
+        let sockets = hosts.map { lab.socketPath("\($0.name)-vm1") }
+        let nodes = try hosts.map { host in
+          try lab.node(
+            host,
+            NodeConfiguration(
+              host, among: hosts, ports: [.vhostUser("vm1", sockets[host.index]), NodeConfiguration.Port(name: "tap1")]),
+            guests: [host.index + 2])
+        }
+        let (near, far) = (nodes[0].guests[0], nodes[1].guests[0])
+        let before = try Machine(on: hosts[0], number: 1, .vhostUser(sockets[0], isPacked: isPacked))
+        try before.awaitBoot()
+        let destination = "tcp:\(hosts[1].address):4444"
+        let after = try Machine(
+          on: hosts[1], number: 1, .vhostUser(sockets[1], isPacked: isPacked), incoming: destination)
+        let streams = try [near, far].enumerated().map {
+          try RunningStream(from: $1, echoedBy: before, seed: UInt64($0))
+        }
+        func expectProgress(sourceLocation: SourceLocation = #_sourceLocation) throws {
+          let received = streams.map(\.receivedBytes)
+          for (stream, bytes) in zip(streams, received) {
+            #expect(
+              try stream.run(within: 30) { stream.receivedBytes > bytes + 1 << 20 }, sourceLocation: sourceLocation)
+          }
+        }
+        try expectProgress()
+
+        try before.monitor("migrate -d \(destination)")
+        let hasMoved = try streams[1].run(within: 60) {
+          try before.monitor("info migrate")
+          return ["completed", "failed"].contains { before.process.standardOutput.contains("status: \($0)") }
+        }
+        #expect(
+          hasMoved && !before.process.standardOutput.contains("status: failed"), "\(before.process.standardOutput)")
+        before.kill()
+        #expect(eventually { nodes[1].forwarder.isLogged("a guest has moved here") })
+        try expectProgress()
+        for stream in streams {
+          let difference = try stream.finish()
+          #expect(difference == nil)
+        }
+
+        // Its frames come by the new host's port, and others' go there.
+        let port = try nodes[1].forwarder.counters().total("in_frames", .ports, of: "vm1")
+        try after.expectPings(near)
+        #expect(try far.ping(after.guest).isComplete)
+        #expect(try nodes[1].forwarder.counters().total("in_frames", .ports, of: "vm1") >= port + 20)
+        #expect(try nodes[0].forwarder.counters().total("in_frames", .links) > 0)
+        for guest in [near, far] { #expect(try guest.checksumErrors() == [:]) }
+        try stopAll(nodes)
       }
     }
   }

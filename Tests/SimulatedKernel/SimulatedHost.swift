@@ -375,6 +375,11 @@ final class SimulatedHost {
   /// Hands a worker a frame as a port does that polls a guest's memory.
   func bring(_ descriptor: Descriptor, at worker: Int = 0) { seats[worker].worker.bring(descriptor) }
 
+  /// Tells the domain of the first port that a guest is there now.
+  func announce(_ guest: MACAddress) {
+    send(.announce(guest, interface: InterfaceIndex(0), domain: DomainIndex(0)), to: 0)
+  }
+
   /// Receivers first, then routers, then transmitters; stopped the other way round.
   func drain() {
     isStopping = true

@@ -1,4 +1,4 @@
-# Makes what the test with a real virtual machine boots: source it, do not run it.
+# Makes what the demo and the tests with real virtual machines boot: source it, do not run it.
 # shellcheck shell=bash
 
 vm_folder=.build/vm
@@ -8,16 +8,22 @@ vm_modules=(
   virtio virtio_ring virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci failover net_failover virtio_net
 )
 
-vm_is_there() { [ -f "$vm_folder/vmlinuz" ] && [ -f "$vm_folder/initrd" ]; }
+# Made by this version of what makes it.
+vm_is_there() { [ -f "$vm_folder/initrd" ] && [ "$vm_folder/vmlinuz" -nt tools/lib/vm.sh ]; }
 
-# make_vm SCRATCH: puts `vmlinuz` and `initrd` into $vm_folder. The machine takes the address and runs the commands that
-# its kernel's command line has (vm_address=, and last vm_commands= with ~ for each blank), says BOOTED and stays up.
+# make_vm SCRATCH: puts `vmlinuz` and `initrd` into $vm_folder. The machine takes the address that its kernel's command
+# line has (vm_address=), says BOOTED, and runs each line that it gets on its serial console. It has busybox and iperf3.
 make_vm() {
-  local scratch=$1 package module
+  local scratch=$1 package module library
   package=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image/ { print $2; exit }')
   (cd "$scratch" && apt-get download "$package" && dpkg-deb --extract "$package"_*.deb kernel) >&2
-  mkdir -p "$scratch"/root/{bin,modules,proc,sys,dev} "$vm_folder"
+  mkdir -p "$scratch"/root/{bin,modules,proc,sys,dev,tmp} "$vm_folder"
   cp /bin/busybox "$scratch/root/bin/busybox"
+  cp "$(command -v iperf3)" "$scratch/root/bin/iperf3"
+  for library in $(ldd "$(command -v iperf3)" | grep --only-matching '/[^ ]*'); do
+    mkdir -p "$scratch/root$(dirname "$library")"
+    cp "$library" "$scratch/root$library"
+  done
   for module in "${vm_modules[@]}"; do
     find "$scratch/kernel" -name "$module.ko" -exec cp {} "$scratch/root/modules/" ';'
   done
@@ -33,10 +39,13 @@ for pass in 1 2 3; do
   for module in /modules/*; do insmod $module 2>/dev/null; done
 done
 ip link set lo up
+# Quiet devices: no neighbour discovery between the measured packets.
+echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6
 ip link set eth0 up
 ip address add "$(sed 's/.*vm_address=\([^ ]*\).*/\1/' /proc/cmdline)/24" dev eth0
+stty -echo
 echo BOOTED
-eval "$(sed 's/.*vm_commands=//' /proc/cmdline | tr '~' ' ')"
+while read -r line; do eval "$line"; done
 exec sleep 1000000
 INIT
   chmod +x "$scratch/root/init"

@@ -35,12 +35,15 @@ final class GuestPort {
     var call: OwnedDescriptor?
     var isEnabled: Bool
     var base: UInt32
+    /// Where the guest sees the used ring, while its writes are logged.
+    var usedLogAddress: UInt64?
   }
 
   /// What a worker has; kept until it let go.
   private struct Lent {
     let ring: GuestRing
     let memory: VhostUserMemory
+    let dirtyLog: VhostUserLog?
     let kick: OwnedDescriptor?
     let call: OwnedDescriptor?
     /// Answers of the worker that are still to come, once it was asked to let go.
@@ -70,6 +73,10 @@ final class GuestPort {
   private var features = VhostUserFeatures()
   /// By number: even ones the guest receives by, odd ones it transmits by (virtio 1.2 §5.1.2).
   private var queues: [Queue]
+  /// Where pages that are written to are noted while the guest migrates.
+  private var dirtyLog: VhostUserLog?
+  /// The guest that was announced last, while it is connected.
+  private var movedHere: MACAddress?
   /// Of changes that are not yet in force.
   private var version: UInt64?
 
@@ -84,7 +91,6 @@ final class GuestPort {
     self.announce = announce
     queues = [Queue](repeating: Queue(), count: 2 * port.queues)
     var features = VhostUserFeatures.served
-    features.remove(.logAll)
     if !port.offloads { features.subtract(.offloads) }
     // What is wrong with it, the socket tells.
     if port.socket.hasPrefix(Schema.socketFolder + "/") { _ = unsafe mkdir(Schema.socketFolder, 0o755) }
@@ -92,7 +98,9 @@ final class GuestPort {
       .server, path: port.socket,
       settings: VhostUserSession.Settings(
         queuePairsMax: port.queues, features: features,
-        protocolFeatures: [.multiQueue, .replyAcknowledge, .mtu, .configureMemorySlots, .status, .resetDevice],
+        protocolFeatures: [
+          .multiQueue, .replyAcknowledge, .mtu, .configureMemorySlots, .status, .resetDevice, .logInSharedMemory, .rarp,
+        ],
         mtuBytesMax: mtuBytes))
   }
 
@@ -131,6 +139,8 @@ final class GuestPort {
     return queues.indices.contains(number) ? number : nil
   }
 
+  private var isLogged: Bool { features.contains(.logAll) }
+
   private func source(ofQueue number: Int) -> Int { place.sourceFirst + (number ^ 1) }
   private func lane(ofQueue number: Int) -> Int { place.laneFirst + number / 2 }
   private func isFromGuest(_ number: Int) -> Bool { number % 2 == 1 }
@@ -145,14 +155,17 @@ final class GuestPort {
   private func carryOut(_ effect: VhostUserEffect) -> [VhostUserEffect] {
     switch effect {
     case .connected: log.info("a guest is connected", metadata: ["port": "\(name)", "socket": "\(socket.path)"])
-    case .disconnected: log.info("the guest is gone", metadata: ["port": "\(name)"])
+    case .disconnected:
+      dirtyLog = nil
+      movedHere = nil
+      log.info("the guest is gone", metadata: ["port": "\(name)"])
     case .refused(let why), .broken(let why):
       log.warning("what the guest's VMM asked for was refused", metadata: ["port": "\(name)", "why": "\(why)"])
     case .startQueue(let start):
       guard start.number < queues.count else { return [] }
       queues[start.number].parameters = Parameters(
         start: start, rings: start.rings, memory: start.memory, kick: start.kick, call: start.call,
-        isEnabled: start.isEnabled, base: start.base.rawValue(start.kind))
+        isEnabled: start.isEnabled, base: start.base.rawValue(start.kind), usedLogAddress: start.usedLogAddress)
       return settle(start.number)
     case .stopQueue(let number):
       queues[number].isStopping = true
@@ -169,14 +182,24 @@ final class GuestPort {
       return change(version, of: queue) { $1.kick = kick }
     case .callChanged(let queue, let call, let version):
       return change(version, of: queue) { $1.call = call }
+    // The log belongs to the memory: a ring is lent with it, or without.
     case .featuresAgreed(let features, let version):
+      let before = features.symmetricDifference(self.features)
       self.features = features
       announceAbilities()
-      return change(version, of: queues.count) { _, _ in }
-    case .logChanged(_, let version), .usedLogChanged(_, _, let version),
-      .errorChanged(_, _, let version):
-      return change(version, of: queues.count) { _, _ in }
-    case .sendRARP, .mtuChanged, .reset: break
+      return change(version, of: before.contains(.logAll) ? nil : queues.count) { _, _ in }
+    case .logChanged(let log, let version):
+      dirtyLog = log
+      return change(version, of: isLogged ? nil : queues.count) { _, _ in }
+    case .usedLogChanged(let queue, let address, let version):
+      return change(version, of: queue) { $1.usedLogAddress = address }
+    case .errorChanged(_, _, let version): return change(version, of: queues.count) { _, _ in }
+    case .sendRARP(let guest):
+      // QEMU asks several times, in case a frame gets lost.
+      if movedHere != guest { log.info("a guest has moved here", metadata: ["port": "\(name)", "mac": "\(guest)"]) }
+      movedHere = guest
+      worker.send(.announce(guest, interface: place.interface, domain: place.domain))
+    case .mtuChanged, .reset: break
     }
     return []
   }
@@ -226,7 +249,8 @@ final class GuestPort {
       return refuse(number, "its rings do not lie in the memory that the VMM shares")
     }
     queues[number].isStale = false
-    queues[number].lent = Lent(ring: ring, memory: parameters.memory, kick: parameters.kick, call: parameters.call)
+    queues[number].lent = Lent(
+      ring: ring, memory: parameters.memory, dirtyLog: dirtyLog, kick: parameters.kick, call: parameters.call)
     if isFromGuest(number) {
       worker.send(
         .openGuestSource(
@@ -331,11 +355,15 @@ final class GuestPort {
         guestAddress: region.guestAddress, userAddress: region.userAddress, bytes: region.byteCount,
         mapping: region.mapping.base)
     }
-    guard let table = try? GuestMemory(regions) else { return nil }
+    let log = isLogged ? dirtyLog.map { unsafe DirtyLog(base: $0.mapping.base, bytes: $0.mapping.byteCount) } : nil
+    guard let table = try? GuestMemory(regions, log: log) else { return nil }
     return unsafe GuestRing(
       VirtqueueAreas(size: start.size, descriptor: descriptor, driver: driver, device: device), features: features,
       base: parameters.base, mergesBuffers: start.features.contains(.mergeableReceiveBuffers),
       isFromGuest: isFromGuest(number), memory: table, kick: parameters.kick?.number ?? -1,
-      call: parameters.call?.number ?? -1)
+      call: parameters.call?.number ?? -1,
+      logAddresses: parameters.usedLogAddress.map {
+        VirtqueueLogAddresses(descriptor: parameters.rings.descriptors, device: $0)
+      })
   }
 }

@@ -109,6 +109,9 @@ struct VhostUserQueue {
   var addresses: VhostUserMessage.QueueAddresses?
   /// As the frontend says and asks it.
   var base: UInt32 = 0
+  /// Where it stood before a reset, until the frontend says a base: QEMU before 8.0 resets the device and then asks for
+  /// this, to have the guest go on there after a migration.
+  var baseBeforeReset: UInt32?
   var kick: OwnedDescriptor?
   var call: OwnedDescriptor?
   var error: OwnedDescriptor?
@@ -126,7 +129,7 @@ struct VhostUserQueue {
 
   /// Back to the beginning, but for the descriptors for calls and errors, which frontends send once.
   mutating func reset() {
-    self = VhostUserQueue(call: call, error: error)
+    self = VhostUserQueue(baseBeforeReset: base, call: call, error: error)
   }
 
   /// What can be said of addresses without the size of the queue and the memory.

@@ -153,6 +153,7 @@ public struct VhostUserSession {
     guard queues.indices.contains(queue), case .stopping(let kind) = queues[queue].state else { return outcome }
     queues[queue].state = .stopped
     queues[queue].base = base.rawValue(kind)
+    queues[queue].baseBeforeReset = nil
     queues[queue].kick = nil
     guard !isEnding else { return outcome }
     switch waiting {
@@ -220,7 +221,8 @@ public struct VhostUserSession {
   }
 
   private func reply(to header: VhostUserHeader, baseOf queue: Int) -> VhostUserReply {
-    let base = VhostUserMessage.QueueNumber(queue: UInt32(queue), number: queues[queue].base)
+    let base = VhostUserMessage.QueueNumber(
+      queue: UInt32(queue), number: queues[queue].baseBeforeReset ?? queues[queue].base)
     return VhostUserReply(to: header.request, payload: base.bytes)
   }
 
@@ -566,6 +568,7 @@ public struct VhostUserSession {
   private mutating func setQueueBase(_ base: VhostUserMessage.QueueNumber) throws(VhostUserRefusal) -> Answer {
     let queue = try stoppedQueue(base.queue, VhostUserRequest.setQueueBase.name)
     queues[queue].base = base.number
+    queues[queue].baseBeforeReset = nil
     return .done
   }
 

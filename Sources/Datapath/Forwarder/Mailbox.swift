@@ -17,6 +17,8 @@ public enum Command: BitwiseCopyable, Sendable {
   case openLane(Int, LaneKind, interface: InterfaceIndex, descriptor: Int32)
   /// Answered by `.laneClosed`.
   case closeLane(Int)
+  /// Tells a port's domain that a guest of this address is there now: see ``Announcement``.
+  case announce(MACAddress, interface: InterfaceIndex, domain: DomainIndex)
   /// Answered by `.adopted`: from then on this worker uses nothing of the snapshot before. Control has all routers
   /// adopt before it asks transmitters: routed frames on the rings may point into the old one.
   case adopt(SnapshotView)

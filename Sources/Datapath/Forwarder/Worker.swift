@@ -166,8 +166,27 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   /// descriptor names port, domain and a held buffer. To be called between turns.
   public mutating func bring(_ descriptor: Descriptor) {
     counters.countIn(descriptor)
+    guard roles.contains(.route) else {
+      received.removeAll()
+      received.append(descriptor)
+      return handOnReceived()
+    }
     route.route(descriptor, now: clock, &memory, counters, into: &routed)
     passOnRouted()
+  }
+
+  /// As if the guest itself had sent the frame. Without a free slot nobody does: then the port is busy, and the guest's
+  /// own frames tell the same.
+  private mutating func announce(_ guest: MACAddress, _ interface: InterfaceIndex, _ domain: DomainIndex) {
+    guard let slot = memory.post() else { return }
+    memory.received(slot)
+    var descriptor = Descriptor(
+      buffer: BufferReference(slot: slot), offset: FrameMemory.headroomBytes, length: Announcement.frameBytes,
+      ingress: interface)
+    descriptor.domain = domain
+    var frame = memory.mutableHead(of: descriptor)
+    Announcement.write(guest, into: &frame)
+    bring(descriptor)
   }
 
   /// Makes a foreign memory known before its frames are brought; returns its owner number.
@@ -387,6 +406,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
         transmit.open(lane, kind, interface: interface, descriptor: descriptor, &io)
       case .closeLane(let lane):
         report(transmit.beginClose(lane, .dropInterfaceDown, &io, &memory, counters))
+      case .announce(let guest, let interface, let domain): announce(guest, interface, domain)
       case .adopt(let view):
         route.adopt(view)
         if !roles.contains(.route) { sendWhatIsOnRings() }

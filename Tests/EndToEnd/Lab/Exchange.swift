@@ -64,6 +64,13 @@ final class RunningStream {
     ends = [near, far].enumerated().map { End(socket: $1, random: SeededRandom(seed: seed + UInt64($0))) }
   }
 
+  /// One whose far end is a virtual machine, which returns all that comes.
+  init(from a: Guest, echoedBy machine: Machine, seed: UInt64) throws {
+    let near = try StreamSocket(
+      in: a.namespace, to: machine.guest.address, port: Machine.echoPort, [SocketOption(IPPROTO_TCP, TCP_NODELAY, 1)])
+    ends = [End(socket: near, random: SeededRandom(seed: seed))]
+  }
+
   var sentBytes: Int { ends.reduce(0) { $0 + $1.sent } }
   var receivedBytes: Int { ends.reduce(0) { $0 + $1.receivedCount } }
 

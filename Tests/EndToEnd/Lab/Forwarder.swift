@@ -196,6 +196,12 @@ struct NodeConfiguration {
     var queues = 1
     var mtu: Int?
     var offloads: Bool?
+    var socket: String?
+
+    /// A port that serves a virtual machine by a socket of that path.
+    static func vhostUser(_ name: String, _ socket: String) -> Port {
+      Port(name: name, kind: "vhost-user", socket: socket)
+    }
 
     /// A port on the device of that name, which is there already.
     static func packet(_ name: String, domain: String? = "blue", mtu: Int? = nil) -> Port {
@@ -273,8 +279,9 @@ struct NodeConfiguration {
       section(
         "[[port]]",
         [
-          ("name", port.name), ("kind", port.kind), ("device", port.name), ("domain", port.domain),
-          ("queues", port.queues), ("mtu", port.mtu), ("offloads", port.offloads),
+          ("name", port.name), ("kind", port.kind), ("device", port.socket == nil ? port.name : nil),
+          ("socket", port.socket), ("domain", port.domain), ("queues", port.queues), ("mtu", port.mtu),
+          ("offloads", port.offloads),
         ])
     }
     for link in links {

@@ -1,4 +1,4 @@
-import Glibc
+import Foundation
 import Synchronization
 import Testing
 
@@ -49,6 +49,7 @@ struct Guest {
 final class Lab {
   let prefix: String
   private var namespaces: [Namespace] = []
+  private var sockets: [String] = []
 
   private static let labsMade = Atomic<Int>(0)
 
@@ -62,6 +63,15 @@ final class Lab {
   func remove() {
     for namespace in namespaces { namespace.remove() }
     namespaces = []
+    for path in sockets { try? FileManager.default.removeItem(atPath: path) }
+    sockets = []
+  }
+
+  /// Where a forwarder may make a socket of its own, in the file system.
+  func socketPath(_ name: String) -> String {
+    let path = FileManager.default.temporaryDirectory.appendingPathComponent(prefix + name + ".sock").path
+    sockets.append(path)
+    return path
   }
 
   func namespace(_ role: String) throws -> Namespace {
@@ -314,7 +324,7 @@ enum Obstacle {
   }()
 
   static let toVirtualMachine: String? = {
-    let folder = EndToEnd.VirtualMachine.folder
+    let folder = Machine.folder
     let isThere = ["vmlinuz", "initrd"].allSatisfy { unsafe access("\(folder)/\($0)", R_OK) == 0 }
     let runs = (try? execute(["qemu-system-x86_64", "--version"])) != nil
     return isThere && runs ? nil : "there is no QEMU, or nothing for it to boot: `tools/setup --vm` gets both"

@@ -11,6 +11,7 @@ struct GuestQueue: ~Copyable {
       split = try SplitQueue(ring.areas, features: ring.features, base: ring.base)
       packed = nil
     }
+    if split != nil { split!.logWrites(ring.logAddresses) } else { packed!.logWrites(ring.logAddresses) }
   }
 
   @inline(__always)

@@ -13,6 +13,8 @@ public final class GuestRing: @unchecked Sendable {
   public let kick: Int32
   /// The eventfd that the guest waits for; -1: it polls.
   public let call: Int32
+  /// Where the guest sees the ring, for the dirty log of `memory`; nil: writes to the ring itself are not logged.
+  let logAddresses: VirtqueueLogAddresses?
   /// Frames of it that are under way; of a ring that the guest transmits by.
   let frames: ForeignMemory?
 
@@ -22,7 +24,7 @@ public final class GuestRing: @unchecked Sendable {
   /// - Parameter isFromGuest: whether the guest transmits by it.
   public init(
     _ areas: VirtqueueAreas, features: VirtqueueFeatures, base: UInt32, mergesBuffers: Bool, isFromGuest: Bool,
-    memory: GuestMemory, kick: Int32, call: Int32
+    memory: GuestMemory, kick: Int32, call: Int32, logAddresses: VirtqueueLogAddresses? = nil
   ) {
     self.areas = areas
     self.features = features
@@ -31,6 +33,7 @@ public final class GuestRing: @unchecked Sendable {
     self.memory = memory
     self.kick = kick
     self.call = call
+    self.logAddresses = logAddresses
     frames = isFromGuest ? ForeignMemory(bufferCount: min(areas.size, Self.framesMax)) : nil
   }
 

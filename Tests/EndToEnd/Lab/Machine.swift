@@ -1,0 +1,121 @@
+import Glibc
+import Testing
+
+/// A real virtual machine on a host, by QEMU's software emulation: Debian's kernel, busybox and iperf3. It is one of the
+/// lab's guests, in whose place a namespace stands no more.
+final class Machine {
+  /// How its network card's frames leave QEMU.
+  enum Card {
+    /// To a TAP device of the host that is there already.
+    case tap(String)
+    /// To the forwarder that has this socket.
+    case vhostUser(String, isPacked: Bool = false)
+
+    /// The device's options come last: vectors=0, because QEMU 7.2 crashes with vhost-user and MSI-X under software
+    /// emulation.
+    fileprivate var arguments: (backend: [String], device: String) {
+      switch self {
+      case .tap(let device): (["-netdev", "tap,id=net,ifname=\(device),script=no,downscript=no"], "")
+      case .vhostUser(let socket, let isPacked):
+        (
+          ["-chardev", "socket,id=card,path=\(socket)", "-netdev", "vhost-user,id=net,chardev=card"],
+          ",vectors=0" + (isPacked ? ",packed=on" : "")
+        )
+      }
+    }
+  }
+
+  /// Where `tools/setup --vm` puts kernel and initial ramdisk.
+  static let folder = ".build/vm"
+  /// Software emulation on a busy machine is slow.
+  static let bootSeconds = 90.0
+  /// Of whatever is sent to it by TCP.
+  static let echoPort: UInt16 = 7_000
+
+  /// Its addresses; the namespace is the host's.
+  let guest: Guest
+  let process: ChildProcess
+  private let console: Int32
+  private var commandsRun = 0
+
+  /// Starts it. It takes the addresses of guest `number`.
+  /// - Parameter incoming: where a machine that moves here comes in, as `-incoming` has it; nil: it boots.
+  init(on host: Host, number: Int, _ card: Card, incoming: String? = nil) throws {
+    guest = Guest(number: number, namespace: host.namespace)
+    var ends: [Int32] = [0, 0]
+    let status = unsafe ends.withUnsafeMutableBufferPointer { unsafe pipe($0.baseAddress!) }
+    guard status == 0 else { throw LabError("no pipe: \(errorText(errno))") }
+    for end in ends { _ = fcntl(end, F_SETFD, FD_CLOEXEC) }
+    defer { close(ends[0]) }
+    console = ends[1]
+    let (backend, deviceOptions) = card.arguments
+    process = try ChildProcess(
+      [
+        "ip", "netns", "exec", host.namespace.name, "qemu-system-x86_64", "-accel", "tcg", "-m", "256", "-nodefaults",
+        "-display", "none", "-no-reboot", "-serial", "mon:stdio",
+        // Guest memory must be a file that can be shared.
+        "-object", "memory-backend-memfd,id=memory,size=256M,share=on", "-machine", "memory-backend=memory",
+        "-kernel", Machine.folder + "/vmlinuz", "-initrd", Machine.folder + "/initrd",
+        "-append", "console=ttyS0 quiet panic=-1 vm_address=\(guest.address)",
+        "-device", "virtio-net-pci,netdev=net,mac=\(guest.mac),romfile=\(deviceOptions)",
+      ] + backend + (incoming.map { ["-incoming", $0] } ?? []), standardInput: ends[0])
+  }
+
+  deinit {
+    kill()
+    close(console)
+  }
+
+  func kill() { process.kill() }
+
+  /// Waits until it says something on its console.
+  func expectText(_ text: String, seconds: Double = Machine.bootSeconds) throws {
+    _ = eventually(within: seconds) { process.standardOutput.contains(text) || !process.isRunning }
+    guard process.standardOutput.contains(text) else {
+      throw LabError("guest \(guest.number) did not say '\(text)': \(process.standardOutput)\(process.standardError)")
+    }
+  }
+
+  /// Waits until it is up, and has it return on a port whatever comes.
+  func awaitBoot() throws {
+    try expectText("BOOTED")
+    try type("nc -ll -p \(Machine.echoPort) -e cat &\n")
+  }
+
+  /// Runs a command of its shell to its end.
+  /// - Returns: what it said.
+  @discardableResult
+  func run(_ command: String, seconds: Double = 60) throws -> String {
+    commandsRun += 1
+    let (begin, end) = ("BEGIN-\(commandsRun)-", "END-\(commandsRun)-")
+    try type("echo \(begin); \(command); echo \(end)\n")
+    try expectText(end, seconds: seconds)
+    let text = process.standardOutput
+    guard let from = text.range(of: begin), let to = text.range(of: end) else { throw LabError("no answer: \(text)") }
+    return String(text[from.upperBound..<to.lowerBound])
+  }
+
+  /// Has QEMU's monitor carry out a command. It shares the console: control-A and C change to it and back.
+  func monitor(_ command: String) throws { try type("\u{1}c\(command)\n\u{1}c") }
+
+  private func type(_ text: String) throws {
+    let bytes = Array(text.utf8)
+    let written = unsafe bytes.withUnsafeBytes { unsafe write(console, $0.baseAddress!, $0.count) }
+    guard written == bytes.count else { throw LabError("guest \(guest.number)'s console takes nothing") }
+  }
+
+  /// Pings another guest: no answer is missing.
+  func expectPings(_ other: Guest, sourceLocation: SourceLocation = #_sourceLocation) throws {
+    let answer = try run("ping -A -q -c 20 \(other.address)")
+    #expect(answer.contains(" 0% packet loss"), "\(answer)", sourceLocation: sourceLocation)
+  }
+
+  /// Sends random bytes to another machine, which returns them, over one TCP connection; both ways at once.
+  func expectEcho(of other: Machine, mebibytes: Int = 4, sourceLocation: SourceLocation = #_sourceLocation) throws {
+    let answer = try run(
+      "dd if=/dev/urandom of=/tmp/sent bs=64k count=\(mebibytes << 4) 2>/dev/null; "
+        + "nc \(other.guest.address) \(Machine.echoPort) </tmp/sent >/tmp/echoed; "
+        + "ls -l /tmp/sent /tmp/echoed; cmp /tmp/sent /tmp/echoed && echo SAME")
+    #expect(answer.contains("SAME"), "\(answer)", sourceLocation: sourceLocation)
+  }
+}
