@@ -77,6 +77,7 @@ class Lab:
         self.prefix = f"vnetr-bench-{os.getpid()}-{Lab._made}-"
         self.processes = []
         self.namespaces = []
+        self.endings = []
         with interruption.held():
             self.folder = pathlib.Path(tempfile.mkdtemp(prefix="vnetr-bench-"))
         return self
@@ -95,7 +96,13 @@ class Lab:
                     process.wait()
             for role in self.namespaces:
                 subprocess.run(["ip", "netns", "delete", self.prefix + role], check=False)
+            for ending in reversed(self.endings):
+                ending()
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def at_end(self, ending):
+        """Has a function called when the processes have ended; the last one first."""
+        self.endings.append(ending)
 
     # --- Namespaces and processes ---
 
@@ -111,13 +118,14 @@ class Lab:
     def inside(self, role, command):
         return ["ip", "netns", "exec", self.prefix + role, *map(str, command)] if role else [*map(str, command)]
 
-    def start(self, role, *command, output=None, errors=None, environment=None):
+    def start(
+            self, role, *command, output=None, errors=None, environment=None, standard_input=subprocess.DEVNULL):
         """Starts a command in the background; it ends with the lab. Its output goes to files of the lab's folder."""
         log = self.folder / (output or f"{len(self.processes)}.log")
         error_log = self.folder / errors if errors else log
         with interruption.held(), open(log, "wb") as stdout, open(error_log, "ab") as stderr:
             process = subprocess.Popen(
-                self.inside(role, command), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+                self.inside(role, command), stdin=standard_input, stdout=stdout, stderr=stderr,
                 env={**os.environ, **(environment or {})}, process_group=0)
             self.processes.append(process)
         process.log = log

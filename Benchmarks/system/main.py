@@ -15,7 +15,7 @@ from measures import Effort
 from results import Result
 from rounds import measured
 
-BENCHMARKS = ("peers", "paper", "io", "trace", "tuning", "scale")
+BENCHMARKS = ("peers", "paper", "io", "trace", "tuning", "scale", "vhost")
 # Python has modules of these names.
 MODULES = {"io": "input_output", "trace": "ping_trace"}
 

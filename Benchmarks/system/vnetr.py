@@ -15,7 +15,8 @@ binary = None
 class Vnetr:
     """One forwarder process on the host of a side."""
 
-    def __init__(self, lab, side, configuration, flags=()):
+    def __init__(self, lab, side, configuration, flags=(), role=""):
+        """`role`: the namespace that it runs in; the side's host unless given, None: outside of all."""
         self.lab = lab
         self.side = side
         # The hosts are one machine with one name; of the node's name a TAP device's MAC address is made.
@@ -25,7 +26,7 @@ class Vnetr:
         self.errors = lab.folder / f"log{side}"
         started = time.monotonic()
         self.process = lab.start(
-            "host" + side, binary, "run", "--config", file, "--counters-format", "json", *flags,
+            "host" + side if role == "" else role, binary, "run", "--config", file, "--counters-format", "json", *flags,
             output=self.output.name, errors=self.errors.name)
         self.process.log = self.errors
         lab.until(self._is_ready, READY_SECONDS_MAX, f"vnetr on host {side}", self.process)

@@ -69,6 +69,18 @@ struct DispatchTests {
     #expect(next.wait == .atMost(nanoseconds: 50_000) && !next.yields)
   }
 
+  @Test("who never yields polls again, after a poll that found nothing and after a crowd")
+  func neverYields() {
+    var dispatch = dispatch {
+      $0.mode = .vmmDriven
+      $0.yield = .never
+    }
+    var next = dispatch.next(now: Self.second, frames: 0, didWork: false)
+    #expect(next.wait == .sweep && !next.yields)
+    next = dispatch.next(now: Self.second, frames: 500, didWork: true)
+    #expect(next.wait == .sweep && !next.yields)
+  }
+
   @Test("a batch is waited for only while it is not full")
   func batchWait() {
     var dispatch = dispatch {

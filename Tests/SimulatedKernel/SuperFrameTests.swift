@@ -130,7 +130,7 @@ struct Bench: ~Copyable {
     var head = memory.mutableHead(of: descriptor)
     for (place, byte) in made.bytes.enumerated() { head.storeBytes(of: byte, toByteOffset: place, as: UInt8.self) }
     let frame = RoutedFrame(descriptor: descriptor, target: target, vni: Self.vni)
-    stage.transmit(frame, canHoldBack: true, &memory, counters)
+    stage.transmit(frame, canHoldBack: true, &io, &memory, counters)
   }
 
   /// Puts frames into a slot as a VXLAN train brings them, all as long as the first but perhaps the last, and hands
@@ -153,7 +153,7 @@ struct Bench: ~Copyable {
     descriptor.trainSegmentBytes = UInt16(datagramBytes)
     for number in frames.indices { descriptor.trainMembers |= 1 << UInt128(number * stepDatagrams) }
     let frame = RoutedFrame(descriptor: descriptor, target: .unicast(egress), vni: Self.vni)
-    stage.transmit(frame, canHoldBack: true, &memory, counters)
+    stage.transmit(frame, canHoldBack: true, &io, &memory, counters)
   }
 
   /// Turns until everything is sent and has arrived.

@@ -204,6 +204,7 @@ public struct Configuration: Equatable, Sendable {
     case adaptive
     case immediate
     case timed
+    case never
   }
 
   public enum IO: String, CaseIterable, Sendable {

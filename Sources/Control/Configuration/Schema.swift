@@ -316,7 +316,8 @@ public enum Schema {
     KeyDefinition(
       .tuning, "yield", .choice(words(Configuration.Yield.self)), default: .value(.string("adaptive")),
       "What a poll that finds nothing does. `immediate`: gives the CPU away and polls again; `timed`: sleeps for a "
-        + "moment; `adaptive`: spins and gives way until it was idle for `spin_us`, then sleeps until an event."),
+        + "moment; `never`: polls again at once, for a CPU that is the worker's alone; `adaptive`: spins and gives way "
+        + "until it was idle for `spin_us`, then sleeps until an event."),
     KeyDefinition(
       .tuning, "spin_us", .integer(0...1_000_000), default: .value(.integer(50)),
       "Microseconds without a frame after which `yield = \"adaptive\"` sleeps. More costs CPU time while idle, less "

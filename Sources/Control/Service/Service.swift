@@ -788,6 +788,7 @@ extension Configuration.Tuning {
       case .adaptive: .adaptive
       case .immediate: .immediate
       case .timed: .timed
+      case .never: .never
       }
     settings.upperFramesPerSecond = dispatchUpperFramesPerSecond
     settings.lowerFramesPerSecond = dispatchLowerFramesPerSecond

@@ -13,6 +13,8 @@ public struct Dispatch: Sendable {
     case immediate
     /// Sleeps for at most `sleepNanoseconds`.
     case timed
+    /// Polls again, and never lets another thread run: no system call while frames go between guests' rings.
+    case never
     /// As immediate until nothing came for `spinNanoseconds`; then sleeps until something does.
     case adaptive
   }
@@ -74,10 +76,11 @@ public struct Dispatch: Sendable {
           .forBatch(completions: settings.batchFrames, nanoseconds: Int(settings.batchWaitNanoseconds)), false
         )
       }
-      return (.sweep, frames >= Self.crowdFrames)
+      return (.sweep, frames >= Self.crowdFrames && settings.yield != .never)
     }
     switch settings.yield {
     case .immediate: return (.sweep, true)
+    case .never: return (.sweep, false)
     case .timed: return (.atMost(nanoseconds: Int(settings.sleepNanoseconds)), false)
     case .adaptive: return now &- lastWork < settings.spinNanoseconds ? (.sweep, true) : (.forEvent, false)
     }

@@ -88,11 +88,15 @@ public struct CounterTable: ~Copyable {
     domain.add(.inBytes, Int(descriptor.length))
   }
 
-  /// The kernel took a frame.
+  /// The kernel, or a guest, took a frame.
   @inline(__always)
-  func countOut(_ descriptor: Descriptor, egress: InterfaceIndex) {
+  func countOut(_ descriptor: Descriptor, egress: InterfaceIndex) { countOut(descriptor, self[egress]) }
+
+  /// The same, where the egress' record is at hand.
+  @inline(__always)
+  func countOut(_ descriptor: Descriptor, _ egress: InterfaceRecord) {
     let frames = Int(descriptor.wireFrames)
-    let counters = self[egress].counters
+    let counters = egress.counters
     counters.add(.outFrames, frames)
     counters.add(.outBytes, Int(descriptor.length))
     guard let domain = self[descriptor.domain] else { return }

@@ -5,7 +5,8 @@ import Glibc
 ///
 /// The way of a frame:
 /// 1. `transmit`: a routed frame joins the queue of a lane; a flood joins one for each target. The flow's hash
-///    picks the lane of a link, so a flow keeps its outer source port, its socket and its order.
+///    picks the lane of a link, so a flow keeps its outer source port, its socket and its order. A guest's ring takes
+///    it at once, where nothing waits before it: the rest of the way is for those that it has no buffers for.
 /// 2. `flush`: each lane that has frames and no chain out hands the front of its queue to the kernel, as one chain.
 /// 3. `finished`: what the kernel took is counted and its buffers go back. Where it stopped, the frame that failed is
 ///    dropped under its reason, or everything waits, in order, until the lane takes frames again.
@@ -73,17 +74,18 @@ struct TransmitStage: ~Copyable {
 
   @inline(__always)
   mutating func transmit(
-    _ frame: RoutedFrame, canHoldBack: Bool, _ memory: inout FrameMemory, _ counters: borrowing CounterTable
+    _ frame: RoutedFrame, canHoldBack: Bool, _ io: inout some WorkerIO & ~Copyable, _ memory: inout FrameMemory,
+    _ counters: borrowing CounterTable
   ) {
     switch frame.target {
     case .unicast(let egress):
-      enqueue(frame.descriptor, frame.vni, egress, canHoldBack, &memory, counters)
+      enqueue(frame.descriptor, frame.vni, egress, canHoldBack, &io, &memory, counters)
     case .flood(let targets):
       let copies = targets.targetCount - 1
       memory.hold(frame.descriptor.buffer, adding: copies)
       counters[frame.descriptor.domain]?.add(.copies, copies * Int(frame.descriptor.wireFrames))
       isFlooding = true
-      for egress in targets { enqueue(frame.descriptor, frame.vni, egress, canHoldBack, &memory, counters) }
+      for egress in targets { enqueue(frame.descriptor, frame.vni, egress, canHoldBack, &io, &memory, counters) }
       isFlooding = false
     }
   }
@@ -96,24 +98,40 @@ struct TransmitStage: ~Copyable {
   @inline(__always)
   private mutating func enqueue(
     _ descriptor: Descriptor, _ vni: UInt32, _ egress: InterfaceIndex, _ canHoldBack: Bool,
-    _ memory: inout FrameMemory, _ counters: borrowing CounterTable
+    _ io: inout some WorkerIO & ~Copyable, _ memory: inout FrameMemory, _ counters: borrowing CounterTable
   ) {
     if descriptor.offload.isSuperFrame {
-      return enqueueSuperFrame(descriptor, vni, egress, canHoldBack, &memory, counters)
+      return enqueueSuperFrame(descriptor, vni, egress, canHoldBack, &io, &memory, counters)
     }
-    if let run = TrainRun(descriptor) { return enqueueRun(run, vni, egress, canHoldBack, &memory, counters) }
-    enqueueFrame(descriptor, vni, egress, canHoldBack, &memory, counters)
+    if let run = TrainRun(descriptor) { return enqueueRun(run, vni, egress, canHoldBack, &io, &memory, counters) }
+    enqueueFrame(descriptor, vni, egress, canHoldBack, &io, &memory, counters)
   }
 
   @inline(__always)
   private mutating func enqueueFrame(
     _ descriptor: Descriptor, _ vni: UInt32, _ egress: InterfaceIndex, _ canHoldBack: Bool,
-    _ memory: inout FrameMemory, _ counters: borrowing CounterTable
+    _ io: inout some WorkerIO & ~Copyable, _ memory: inout FrameMemory, _ counters: borrowing CounterTable
   ) {
     let record = counters[egress]
     guard let index = lane(for: descriptor, descriptor.length, egress, record, canHoldBack, &memory, counters)
     else { return }
-    join(index, descriptor, egress, Self.header(record.kind, vni), &memory, counters)
+    let header = Self.header(record.kind, vni)
+    if deliver(index, descriptor, record, header, &io, &memory, counters) { return }
+    join(index, descriptor, egress, header, &memory, counters)
+  }
+
+  /// Hands a frame to a lane that takes it at once, before which nothing waits; false where it has to join the queue.
+  @inline(__always)
+  private func deliver(
+    _ index: Int, _ descriptor: Descriptor, _ record: InterfaceRecord, _ header: SendPool.Header,
+    _ io: inout some WorkerIO & ~Copyable, _ memory: inout FrameMemory, _ counters: borrowing CounterTable
+  ) -> Bool {
+    guard record.kind == .guest, lanes[index].count == 0, lanes[index].state == .open,
+      io.deliver(index, header, descriptor, memory)
+    else { return false }
+    counters.countOut(descriptor, record)
+    memory.release(descriptor.buffer)
+    return true
   }
 
   /// A super-frame goes whole to a port that takes it, and else as its segments, which join one lane in order.
@@ -121,7 +139,7 @@ struct TransmitStage: ~Copyable {
   @inline(never)
   private mutating func enqueueSuperFrame(
     _ descriptor: Descriptor, _ vni: UInt32, _ egress: InterfaceIndex, _ canHoldBack: Bool,
-    _ memory: inout FrameMemory, _ counters: borrowing CounterTable
+    _ io: inout some WorkerIO & ~Copyable, _ memory: inout FrameMemory, _ counters: borrowing CounterTable
   ) {
     let record = counters[egress]
     let goesWhole = record.takesWhole(isUDP: descriptor.offload.segmentation == .udp)
@@ -137,22 +155,24 @@ struct TransmitStage: ~Copyable {
       var offload = descriptor.offload
       offload.headerLength = UInt16(truncatingIfNeeded: whole.headerBytes)
       offload.bufferCount = 0
-      join(index, descriptor, egress, TapPort.header(offload), &memory, counters)
+      let header = TapPort.header(offload)
+      if deliver(index, descriptor, record, header, &io, &memory, counters) { return }
+      join(index, descriptor, egress, header, &memory, counters)
     }
   }
 
   /// Frames of one train go to a link one by one, as another train; to a port as few super-frames as they make.
   @inline(never)
   private mutating func enqueueRun(
-    _ run: TrainRun, _ vni: UInt32, _ egress: InterfaceIndex, _ canHoldBack: Bool, _ memory: inout FrameMemory,
-    _ counters: borrowing CounterTable
+    _ run: TrainRun, _ vni: UInt32, _ egress: InterfaceIndex, _ canHoldBack: Bool,
+    _ io: inout some WorkerIO & ~Copyable, _ memory: inout FrameMemory, _ counters: borrowing CounterTable
   ) {
     let record = counters[egress]
     if run.frameBytesMax > record.frameBytesMax {
       // The last may be shorter, and fit.
       memory.hold(run.descriptor.buffer, adding: run.count - 1)
       for number in 0..<run.count {
-        enqueueFrame(run.frame(number), vni, egress, canHoldBack, &memory, counters)
+        enqueueFrame(run.frame(number), vni, egress, canHoldBack, &io, &memory, counters)
       }
       return
     }

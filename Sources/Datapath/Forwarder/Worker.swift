@@ -201,7 +201,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   @inline(__always)
   private mutating func send() {
     let canHoldBack = canHoldBack
-    for place in 0..<routed.count { transmit.transmit(routed[place], canHoldBack: canHoldBack, &memory, counters) }
+    for place in 0..<routed.count { transmit.transmit(routed[place], canHoldBack: canHoldBack, &io, &memory, counters) }
     transmit.flush(&io, counters, nowSeconds: clock.seconds)
   }
 

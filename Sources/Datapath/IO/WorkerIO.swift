@@ -30,6 +30,11 @@ public protocol WorkerIO: ~Copyable {
   /// Sends the chain of messages that starts at `first` and follows `SendPool.nextMessage`, `count` long, in order.
   /// At most `chainFramesMax` and only when no chain is out on this lane.
   mutating func send(_ lane: Int, first: Int, count: Int, _ pool: borrowing SendPool)
+  /// Hands one frame over to a lane of kind `.guest` that has no chain out, `header` before it.
+  /// - Returns: whether it took it; if not, nothing of it, and the frame is to be sent.
+  mutating func deliver(
+    _ lane: Int, _ header: SendPool.Header, _ frame: Descriptor, _ memory: borrowing FrameMemory
+  ) -> Bool
   /// Asks for one `writable` event when the lane takes frames again.
   mutating func awaitWritable(_ lane: Int)
 
@@ -49,6 +54,14 @@ public protocol WorkerIO: ~Copyable {
   mutating func wake(_ waker: Int32)
   /// Lets another thread have this core for a moment, where one wants it.
   func yieldProcessor()
+}
+
+extension WorkerIO where Self: ~Copyable {
+  /// The kernel takes frames as messages only.
+  @inline(__always)
+  public mutating func deliver(
+    _ lane: Int, _ header: SendPool.Header, _ frame: Descriptor, _ memory: borrowing FrameMemory
+  ) -> Bool { false }
 }
 
 public enum SourceKind: UInt8, BitwiseCopyable, Sendable {

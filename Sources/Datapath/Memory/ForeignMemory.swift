@@ -122,7 +122,27 @@ public final class ForeignMemory: @unchecked Sendable {
       }
     }
 
-    @unsafe
+    /// The same of a frame in one piece, of any length: 1 segment where all of it was copied, else 2.
+    @unsafe @inline(__always)
+    func bring(_ index: Int, _ piece: UnsafeMutableRawPointer, bytes: Int) -> Int {
+      unsafe at(index) { buffer, owner in
+        unsafe precondition(buffer.pointee.holds == 0, "a foreign buffer is brought while it is held")
+        unsafe buffer.pointee.holds = 1
+        let header = unsafe owner.headers + index * ForeignMemory.headerCopyBytes
+        let copied = min(bytes, ForeignMemory.headerCopyBytes)
+        unsafe header.copyMemory(from: piece, byteCount: copied)
+        unsafe buffer.pointee.segments[0] = unsafe iovec(iov_base: header, iov_len: copied)
+        guard copied < bytes else {
+          unsafe buffer.pointee.segmentCount = 1
+          return 1
+        }
+        unsafe buffer.pointee.segments[1] = unsafe iovec(iov_base: piece + copied, iov_len: bytes - copied)
+        unsafe buffer.pointee.segmentCount = 2
+        return 2
+      }
+    }
+
+    @unsafe @inline(__always)
     func segment(_ number: Int, of index: Int) -> iovec {
       unsafe at(index) { buffer, _ in
         unsafe precondition(number < Int(buffer.pointee.segmentCount), "segment out of range")

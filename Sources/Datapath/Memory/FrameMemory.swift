@@ -347,6 +347,31 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
     unsafe foreignMemory(buffer).segment(number, of: Int(buffer.index))
   }
 
+  /// Copies a frame's bytes, all its segments in order.
+  /// - Parameter place: `descriptor.length` bytes.
+  @unsafe @inline(__always)
+  func copy(_ descriptor: Descriptor, to place: UnsafeMutableRawPointer) {
+    let (start, count) = unsafe headRange(descriptor)
+    unsafe place.copyMemory(from: start, byteCount: count)
+    if count < Int(descriptor.length) { unsafe copyRest(of: descriptor, from: count, to: place + count) }
+  }
+
+  @unsafe @inline(never)
+  private func copyRest(of descriptor: Descriptor, from first: Int, to place: UnsafeMutableRawPointer) {
+    let memory = foreignMemory(descriptor.buffer)
+    var left = Int(descriptor.length) - first
+    var place = unsafe place
+    var number = 1
+    while left > 0 {
+      let segment = unsafe memory.segment(number, of: Int(descriptor.buffer.index))
+      let count = unsafe min(left, segment.iov_len)
+      unsafe place.copyMemory(from: segment.iov_base, byteCount: count)
+      unsafe place += count
+      left -= count
+      number += 1
+    }
+  }
+
   /// Writes the segments of a frame as I/O vectors; returns how many, or nil when they are more than `room`.
   @unsafe @inline(__always)
   public func vectors(of descriptor: Descriptor, into vectors: UnsafeMutablePointer<iovec>, room: Int) -> Int? {

@@ -9,8 +9,10 @@ import Glibc
 ///     only that copy is read and sent; the rest stays where it is in the guest's memory.
 ///  2. When its last send is over, the next `collect` gives the chain back to the guest, and calls it if it wants that.
 ///
-/// To a guest: `send` copies each message of a chain into buffers that the guest made available; the `sent` event comes
-/// with the next `collect`. Where it has none the chain stops as at a full socket, and `writable` comes when it has.
+/// To a guest: `deliver` copies a frame into buffers that the guest made available; the next `collect` shows them to
+/// it, all of a turn at once. Where it has none the frame is sent as to a socket: `send` copies each message of a chain,
+/// the `sent` event comes with the next `collect`; the chain stops as at a full socket, and `writable` comes when there
+/// are buffers.
 ///
 /// While a worker polls, no guest kicks. Before it waits it asks all of them to, and looks a last time.
 struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
@@ -144,6 +146,7 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
       awaitsWritable[lane] = false
       awaitCount -= 1
     }
+    publish(lane)
     lanes[lane]!.leave()
     lanes[lane] = nil
     laneNotes[lane] = GuestNote()
@@ -166,14 +169,27 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
     var operation = first
     var result = DeliveryResult(isThere: true)
     while result.sent < count {
-      result.error = unsafe lanes[lane]!.deliver(pool.message(operation), bytes: Int(pool.messageBytes(operation)))
+      let message = unsafe pool.message(operation)
+      result.error = unsafe lanes[lane]!.deliver(
+        message.pointee.msg_iov, count: message.pointee.msg_iovlen, bytes: Int(pool.messageBytes(operation)))
       guard result.error == 0 else { break }
       result.sent += 1
       operation = pool.nextMessage(operation)
     }
     results[lane] = result
     resultCount += 1
-    if result.sent > 0, lanes[lane]!.publish() { kernel.wake(laneNotes[lane].call) }
+  }
+
+  @inline(__always)
+  mutating func deliver(
+    _ lane: Int, _ header: SendPool.Header, _ frame: Descriptor, _ memory: borrowing FrameMemory
+  ) -> Bool {
+    lanes[lane]!.deliver(header, frame, memory)
+  }
+
+  /// Shows a guest what was copied for it, and calls it if it wants that.
+  private mutating func publish(_ lane: Int) {
+    if lanes[lane]!.publish() { kernel.wake(laneNotes[lane].call) }
   }
 
   mutating func awaitWritable(_ lane: Int) {
@@ -192,6 +208,7 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
 
   @inline(never)
   private mutating func collectWithGuests(_ wait: Wait, _ memory: inout FrameMemory, into events: inout EventBatch) {
+    for place in 0..<guestLaneCount { publish(Int(guestLanes[place])) }
     for place in 0..<guestSourceCount {
       let source = Int(guestSources[place])
       if sources[source]!.giveBack() { kernel.wake(sourceNotes[source].call) }

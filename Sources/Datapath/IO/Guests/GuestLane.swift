@@ -2,6 +2,7 @@ import CLinux
 import Glibc
 
 /// A ring that a guest receives by, as the worker that sends to it has it.
+@safe
 struct GuestLane: ~Copyable {
   /// Buffers of one frame: 64 KiB in buffers of 512 bytes.
   private static var buffersMax: Int { 128 }
@@ -13,6 +14,15 @@ struct GuestLane: ~Copyable {
   private let hasCall: Bool
   private var queue: GuestQueue
   private var chain = VirtioChain()
+  /// Buffers in one piece that were taken before frames for them are there, so that their lines are on the way.
+  private var singles = VirtioSingles()
+  /// The next one to use.
+  private var nextSingle = 0
+  /// Where a frame's pieces are listed that goes into several buffers.
+  private var pieces: FixedArray<iovec>
+  private var headerWords: FixedArray<UInt64>
+  /// Whether buffers were completed that the guest does not see yet.
+  private var hasCompleted = false
   private var tokens: FixedArray<VirtioChain.Token>
   private var written: FixedArray<UInt32>
   /// What a frame that found too few buffers needs at least; 0: nothing waits.
@@ -29,16 +39,68 @@ struct GuestLane: ~Copyable {
     self.hasCall = hasCall
     tokens = FixedArray(repeating: chain.token, count: Self.buffersMax)
     written = FixedArray(repeating: 0, count: Self.buffersMax)
+    unsafe pieces = unsafe FixedArray(repeating: iovec(), count: 1 + ForeignMemory.segmentsMax)
+    headerWords = FixedArray(repeating: 0, count: 2)
     self.queue.refuseKicks(memory)
+  }
+
+  /// Copies a frame, `header` before it, where a buffer in one piece has room for both, or several have.
+  /// - Returns: whether it did; if not, nothing was taken.
+  @inline(__always)
+  mutating func deliver(
+    _ header: SendPool.Header, _ frame: Descriptor, _ frames: borrowing FrameMemory
+  ) -> Bool {
+    if nextSingle == singles.count { takeSingles() }
+    guard nextSingle < singles.count else { return deliverPieces(header, frame, frames) }
+    let single = singles[nextSingle]
+    let bytes = OffloadHeader.bytes + Int(frame.length)
+    guard single.isWritable, bytes <= Int(single.bytes) else { return deliverPieces(header, frame, frames) }
+    nextSingle &+= 1
+    // The last two bytes are num_buffers (virtio 1.2 §5.1.6.4): 1, whether buffers merge or not.
+    unsafe single.place.storeBytes(of: header.first, as: UInt64.self)
+    unsafe single.place.storeBytes(
+      of: UInt32(truncatingIfNeeded: header.second) & 0xFFFF | 1 << 16, toByteOffset: 8, as: UInt32.self)
+    unsafe frames.copy(frame, to: single.place + OffloadHeader.bytes)
+    single.markDirty(memory, bytes: bytes)
+    queue.complete(single.token, writtenBytes: bytes)
+    hasCompleted = true
+    return true
+  }
+
+  private mutating func takeSingles() {
+    nextSingle = 0
+    _ = queue.take(memory, upTo: VirtioSingles.countMax, into: &singles)
+  }
+
+  private mutating func giveBackSingles() {
+    if nextSingle < singles.count { queue.giveBack(last: singles.count - nextSingle) }
+    singles.count = 0
+    nextSingle = 0
+  }
+
+  /// The same for any buffers and any frame.
+  @inline(never)
+  private mutating func deliverPieces(
+    _ header: SendPool.Header, _ frame: Descriptor, _ frames: borrowing FrameMemory
+  ) -> Bool {
+    headerWords[0] = header.first
+    headerWords[1] = header.second
+    unsafe pieces[0] = unsafe iovec(iov_base: headerWords.address(of: 0), iov_len: OffloadHeader.bytes)
+    guard let count = unsafe frames.vectors(of: frame, into: pieces.address(of: 1), room: pieces.count - 1) else {
+      return false
+    }
+    let bytes = OffloadHeader.bytes + Int(frame.length)
+    return unsafe deliver(pieces.address(of: 0), count: 1 + count, bytes: bytes) == 0
   }
 
   /// Copies one message, a virtio header and a frame, into buffers of the guest.
   /// - Returns: 0; EAGAIN where the guest has too few; `IOEvent.shortWrite` where no buffer of it would do; EPROTO
   ///   where it broke the rules.
   @unsafe
-  mutating func deliver(_ message: UnsafePointer<msghdr>, bytes: Int) -> Int32 {
+  mutating func deliver(_ pieces: UnsafeMutablePointer<iovec>, count pieceCount: Int, bytes: Int) -> Int32 {
+    giveBackSingles()
     let start = queue.mark
-    var from = unsafe PieceReader(message.pointee.msg_iov, count: message.pointee.msg_iovlen)
+    var from = unsafe PieceReader(pieces, count: pieceCount)
     var left = bytes
     var count = 0
     var countPlace: UnsafeMutableRawPointer?
@@ -70,6 +132,7 @@ struct GuestLane: ~Copyable {
     // num_buffers (virtio 1.2 §5.1.6.4), little-endian as this machine is; 1 where buffers do not merge.
     unsafe countPlace?.storeBytes(of: UInt16(truncatingIfNeeded: count).littleEndian, as: UInt16.self)
     for place in 0..<count { queue.complete(tokens[place], writtenBytes: Int(written[place])) }
+    hasCompleted = true
     return 0
   }
 
@@ -80,12 +143,15 @@ struct GuestLane: ~Copyable {
 
   /// Lets the guest see what was delivered; returns whether it is to be called.
   mutating func publish() -> Bool {
+    guard hasCompleted else { return false }
+    hasCompleted = false
     queue.publish(memory)
-    return queue.mustCall() && hasCall
+    return hasCall && queue.mustCall()
   }
 
   /// Whether there are as many buffers as the frame that waits needs at least.
   mutating func hasBuffers() -> Bool {
+    giveBackSingles()
     let start = queue.mark
     var count = 0
     while count < buffersWanted {
@@ -110,6 +176,7 @@ struct GuestLane: ~Copyable {
 
   /// The worker lets go of it.
   mutating func leave() {
+    giveBackSingles()
     let base = queue.base
     unsafe ring.ring._withUnsafeGuaranteedRef { $0.base = base }
   }

@@ -21,6 +21,18 @@ struct GuestQueue: ~Copyable {
   }
 
   @inline(__always)
+  mutating func take(
+    _ memory: GuestMemory.Reference, upTo most: Int, into singles: inout VirtioSingles
+  ) -> Bool {
+    if split != nil { return split!.take(memory, upTo: most, into: &singles) }
+    return packed!.take(memory, upTo: most, into: &singles)
+  }
+
+  mutating func giveBack(last count: Int) {
+    if split != nil { split!.giveBack(last: count) } else { packed!.giveBack(last: count) }
+  }
+
+  @inline(__always)
   var mark: VirtqueueMark { read({ $0.mark }, { $0.mark }) }
   var takenCount: Int { read({ $0.takenCount }, { $0.takenCount }) }
   var base: UInt32 { read({ $0.base }, { $0.base }) }

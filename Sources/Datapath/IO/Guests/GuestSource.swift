@@ -4,7 +4,7 @@ import Glibc
 /// A ring that a guest transmits by, as the worker that polls it has it.
 ///
 /// The way of a chain: `poll` takes it and makes a frame under way of it; `giveBack` returns it when nobody uses its
-/// bytes any more.
+/// bytes any more. Of a small frame the first bytes, which are copied, are all: its chain goes back at once.
 struct GuestSource: ~Copyable {
   private let ring: GuestRing.Reference
   private let memory: GuestMemory.Reference
@@ -15,10 +15,15 @@ struct GuestSource: ~Copyable {
   private let hasCall: Bool
   private var queue: GuestQueue
   private var chain = VirtioChain()
+  private var singles = VirtioSingles()
   /// By frame under way, what names its chain.
   private var tokens: FixedArray<VirtioChain.Token>
+  /// By frame under way, whether its chain went back already.
+  private var isCopied: FixedArray<Bool>
   private var free: FixedArray<UInt32>
   private var freeCount: Int
+  /// Whether chains were completed that the guest does not see yet.
+  private var hasCompleted = false
   private var end: GuestRingEnd
 
   init(
@@ -32,6 +37,7 @@ struct GuestSource: ~Copyable {
     self.memory = memory
     self.hasCall = hasCall
     tokens = FixedArray(repeating: chain.token, count: count)
+    isCopied = FixedArray(repeating: false, count: count)
     free = FixedArray(repeating: 0, count: count)
     for index in 0..<count { free[index] = UInt32(count - 1 - index) }
     freeCount = count
@@ -43,44 +49,86 @@ struct GuestSource: ~Copyable {
   mutating func poll(_ source: Int, upTo most: Int, into events: inout EventBatch) -> Int {
     guard !end.hasBegun else { return 0 }
     var taken = 0
-    while taken < most, freeCount > 0 {
-      switch queue.next(memory, into: &chain) {
-      case .none: return taken
-      case .broken:
-        end.begin(EPROTO)
-        return taken
-      case .chain: break
+    while true {
+      let room = min(most - taken, freeCount)
+      guard room > 0 else { break }
+      let isLeft = queue.take(memory, upTo: room, into: &singles)
+      for place in 0..<singles.count { bring(singles[place], source, into: &events) }
+      taken += singles.count
+      if isLeft {
+        // In more pieces than one, or broken.
+        guard taken < most, freeCount > 0, bringNext(source, into: &events) else { break }
+        taken += 1
+      } else if singles.count < min(room, VirtioSingles.countMax) {
+        break
       }
-      freeCount -= 1
-      let index = Int(free[freeCount])
-      tokens[index] = chain.token
-      var event = IOEvent(.received, source)
-      event.slot = UInt32(truncatingIfNeeded: index)
-      event.owner = UInt16(truncatingIfNeeded: owner)
-      event.length = UInt32(clamping: chain.readableBytes)
-      if let segments = unsafe frames.bring(index, payload: chain.readable) {
-        event.count = UInt32(truncatingIfNeeded: segments)
-      } else {
-        event.isTruncated = true
-      }
-      events.append(event)
-      taken += 1
     }
     return taken
   }
 
+  /// A frame that is one piece.
+  @inline(__always)
+  private mutating func bring(_ single: VirtioSingle, _ source: Int, into events: inout EventBatch) {
+    freeCount &-= 1
+    let index = Int(free[freeCount])
+    let bytes = single.isWritable ? 0 : Int(single.bytes)
+    let segments = unsafe frames.bring(index, single.place, bytes: bytes)
+    let isCopied = segments == 1
+    self.isCopied[index] = isCopied
+    if isCopied {
+      queue.complete(single.token, writtenBytes: 0)
+      hasCompleted = true
+    } else {
+      tokens[index] = single.token
+    }
+    var event = IOEvent(.received, source)
+    event.slot = UInt32(truncatingIfNeeded: index)
+    event.owner = UInt16(truncatingIfNeeded: owner)
+    event.length = UInt32(truncatingIfNeeded: bytes)
+    event.count = UInt32(truncatingIfNeeded: segments)
+    events.append(event)
+  }
+
+  /// The next frame, in any number of pieces; false where none is there, or the ring ends.
+  private mutating func bringNext(_ source: Int, into events: inout EventBatch) -> Bool {
+    switch queue.next(memory, into: &chain) {
+    case .none: return false
+    case .broken:
+      end.begin(EPROTO)
+      return false
+    case .chain: break
+    }
+    freeCount -= 1
+    let index = Int(free[freeCount])
+    tokens[index] = chain.token
+    isCopied[index] = false
+    var event = IOEvent(.received, source)
+    event.slot = UInt32(truncatingIfNeeded: index)
+    event.owner = UInt16(truncatingIfNeeded: owner)
+    event.length = UInt32(clamping: chain.readableBytes)
+    if let segments = unsafe frames.bring(index, payload: chain.readable) {
+      event.count = UInt32(truncatingIfNeeded: segments)
+    } else {
+      event.isTruncated = true
+    }
+    events.append(event)
+    return true
+  }
+
   /// Gives chains back whose frames are over; returns whether the guest is to be called.
   mutating func giveBack() -> Bool {
-    var hasSome = false
     while let index = frames.takeReturned() {
-      queue.complete(tokens[index], writtenBytes: 0)
+      if !isCopied[index] {
+        queue.complete(tokens[index], writtenBytes: 0)
+        hasCompleted = true
+      }
       free[freeCount] = UInt32(truncatingIfNeeded: index)
       freeCount += 1
-      hasSome = true
     }
-    guard hasSome else { return false }
+    guard hasCompleted else { return false }
+    hasCompleted = false
     queue.publish(memory)
-    return queue.mustCall() && hasCall
+    return hasCall && queue.mustCall()
   }
 
   /// Asks for kicks; true when there is something already.
@@ -102,7 +150,7 @@ struct GuestSource: ~Copyable {
 
   /// The error that it ended with, once, when no frame of it is under way.
   mutating func takeEnd() -> Int32? {
-    guard queue.takenCount == 0, let error = end.take() else { return nil }
+    guard freeCount == free.count, let error = end.take() else { return nil }
     unsafe ring.ring._withUnsafeGuaranteedRef { $0.base = queue.base }
     return error
   }

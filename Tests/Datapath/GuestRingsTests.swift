@@ -1,0 +1,194 @@
+import CLinux
+import Glibc
+import TestSupport
+import Testing
+
+@testable import Datapath
+
+/// Two guests and a worker between them: what one transmits the other receives.
+@safe
+private final class GuestPair {
+  static let size = 16
+  static let slotBytes = 2_048
+  /// Without its header, in the first bytes that the worker copies.
+  static let smallBytesMax = ForeignMemory.headerCopyBytes - OffloadHeader.bytes
+
+  private let from: any VirtioDriver
+  private let to: any VirtioDriver
+  private let rings: [GuestRing]
+  private let snapshot: Snapshot
+  private let mailbox: Mailbox
+  private var commands: SPSCRing<Command>.Producer
+  private var reports: SPSCRing<Report>.Consumer
+  private let blocks = (0..<4).map { _ in CounterBlock() }
+  private var worker: Worker<SyscallIO>
+  private var fromSlots = Array(0..<16)
+  private var toSlots = Array(0..<16)
+  private var offered: [UInt16: Int] = [:]
+  private var awaited: [UInt16: Int] = [:]
+  private var arrived: [(slot: Int, bytes: Int)] = []
+
+  init(isPacked: Bool) throws {
+    let features: VirtqueueFeatures = isPacked ? [.packedRing, .indirectDescriptors] : [.indirectDescriptors]
+    let guests = [try VirtioGuest(), try VirtioGuest()]
+    let drivers = guests.map { guest -> any VirtioDriver in
+      isPacked
+        ? PackedDriver(guest, size: Self.size, features: features, base: 0x8000)
+        : SplitDriver(guest, size: Self.size, features: features, base: 0)
+    }
+    from = drivers[0]
+    to = drivers[1]
+    rings = drivers.enumerated().map { number, driver in
+      GuestRing(
+        driver.areas, features: features, base: isPacked ? 0x8000 : 0, mergesBuffers: true,
+        isFromGuest: number == 0, memory: driver.guest.memory, kick: -1, call: -1)
+    }
+    snapshot = try Snapshot(
+      version: 1,
+      interfaces: [(0, 1), (1, 0)].map {
+        Snapshot.Interface(InterfaceIndex($0), .passthrough(to: InterfaceIndex($1)), mtuBytes: 1_500)
+      }, domains: [])
+    mailbox = try Mailbox(controlWaker: -1)
+    commands = mailbox.commands.makeProducer()
+    reports = mailbox.reports.makeConsumer()
+    var settings = WorkerSettings()
+    settings.dispatch.mode = .vmmDriven
+    settings.dispatch.yield = .never
+    settings.postedSlots = 8
+    settings.sources = 2
+    settings.lanes = 1
+    settings.interfaces = 2
+    settings.operations = 64
+    worker = Worker(
+      io: try SyscallIO(IOLimits(entries: 64, slots: 16, posted: 8, sources: 2, lanes: 1, operations: 64)),
+      memory: try FrameMemory(slotCount: 16, hugePages: false), mailbox: mailbox, settings: settings,
+      view: snapshot.view, workerCounters: blocks[0].writer, underlayCounters: blocks[1].writer)
+    let interfaces = (0..<2).map { InterfaceIndex($0) }
+    for (number, index) in interfaces.enumerated() {
+      let record = InterfaceRecord(
+        .guest, laneFirst: 0, laneCount: number, mtuBytes: 1_500, counters: blocks[2 + number].writer)
+      _ = commands.push(.addInterface(index, record))
+    }
+    _ = commands.push(.openGuestSource(1, interface: interfaces[0], domain: .none, rings[0].reference))
+    _ = commands.push(.openGuestLane(0, interface: interfaces[1], rings[1].reference))
+    worker.carryOutCommands()
+  }
+
+  func turn() { _ = worker.turn() }
+
+  private func address(_ slot: Int) -> UInt64 { VirtioGuest.buffersAddress + UInt64(slot * Self.slotBytes) }
+
+  /// Whether the sender has room for another frame.
+  var canTransmit: Bool { from.freePlaces >= 2 && !fromSlots.isEmpty }
+
+  /// - Parameter pieces: 1, or 2: the header alone, then the frame.
+  func transmit(_ frame: [UInt8], pieces: Int, isIndirect: Bool) {
+    let slot = fromSlots.removeLast()
+    let start = address(slot)
+    for (place, byte) in ([UInt8](repeating: 0, count: OffloadHeader.bytes) + frame).enumerated() {
+      from.guest.store(byte, at: start + UInt64(place))
+    }
+    let first = pieces == 1 ? OffloadHeader.bytes + frame.count : OffloadHeader.bytes
+    var buffers = [VirtioBuffer(address: start, bytes: UInt32(first), isWritable: false)]
+    if pieces == 2 {
+      buffers.append(VirtioBuffer(address: start + UInt64(first), bytes: UInt32(frame.count), isWritable: false))
+    }
+    offered[from.offer(buffers, isIndirect: isIndirect)] = slot
+  }
+
+  /// Takes back what the worker gave back of the sender's; how many frames that is.
+  func reap() -> Int {
+    var count = 0
+    while let (identifier, _) = from.reap() {
+      fromSlots.append(offered.removeValue(forKey: identifier)!)
+      count += 1
+    }
+    return count
+  }
+
+  func offerBuffer(bytes: Int) {
+    guard to.freePlaces > 0, let slot = toSlots.popLast() else { return }
+    let buffer = VirtioBuffer(address: address(slot), bytes: UInt32(bytes), isWritable: true)
+    awaited[to.offer([buffer], isIndirect: false)] = slot
+  }
+
+  /// The frames that arrived since this was asked.
+  func receive() -> [[UInt8]] {
+    while let (identifier, bytes) = to.reap() {
+      arrived.append((awaited.removeValue(forKey: identifier)!, Int(bytes)))
+    }
+    var frames: [[UInt8]] = []
+    while let first = arrived.first {
+      let count = Int(to.guest.load(UInt16.self, at: address(first.slot) + 10))
+      guard arrived.count >= count else { break }
+      let bytes = arrived.prefix(count).flatMap { part in
+        (0..<part.bytes).map { to.guest.load(UInt8.self, at: address(part.slot) + UInt64($0)) }
+      }
+      toSlots += arrived.prefix(count).map(\.slot)
+      arrived.removeFirst(count)
+      frames.append(Array(bytes.dropFirst(OffloadHeader.bytes)))
+    }
+    return frames
+  }
+
+  /// Stops the worker; its last sums.
+  func stop() -> Audit? {
+    _ = commands.push(.stop)
+    worker.carryOutCommands()
+    for _ in 0..<1_000_000 where !worker.turn() { break }
+    var audit: Audit?
+    while let report = reports.pop() { if case .audited(let sums) = report { audit = sums } }
+    return audit
+  }
+}
+
+@Suite struct GuestRingsTests {
+  private func frame(_ number: Int, bytes: Int) -> [UInt8] {
+    let header: [UInt8] = [2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 0x88, 0xB5]
+    return header + (header.count..<bytes).map { UInt8(truncatingIfNeeded: $0 &* 7 &+ number &* 13 &+ number >> 8) }
+  }
+
+  @Test(
+    "frames go from guest to guest in order, byte for byte, also those that wait for buffers",
+    arguments: [false, true], 1...8)
+  func inOrder(isPacked: Bool, seed: Int) throws {
+    var random = SeededRandom(seed: UInt64(seed))
+    let pair = try GuestPair(isPacked: isPacked)
+    var sent: [[UInt8]] = []
+    var received: [[UInt8]] = []
+    let count = 500
+    for _ in 0..<200_000 where received.count < count {
+      for _ in 0..<Int.random(in: 0...6, using: &random) where sent.count < count && pair.canTransmit {
+        let bytes = Int.random(in: 14...(Bool.random(using: &random) ? 100 : 1_500), using: &random)
+        sent.append(frame(sent.count, bytes: bytes))
+        pair.transmit(
+          sent[sent.count - 1], pieces: Int.random(in: 1...2, using: &random),
+          isIndirect: Int.random(in: 0..<4, using: &random) == 0)
+      }
+      for _ in 0..<Int.random(in: 0...5, using: &random) {
+        pair.offerBuffer(bytes: Int.random(in: 0..<3, using: &random) == 0 ? 256 : GuestPair.slotBytes)
+      }
+      pair.turn()
+      _ = pair.reap()
+      if Bool.random(using: &random) { received += pair.receive() }
+    }
+    #expect(received == sent && sent.count == count)
+    let audit = try #require(pair.stop())
+    #expect(audit.holds && audit.sent == UInt64(count), "\(audit)")
+  }
+
+  @Test("a small frame's memory goes back at once, a long one's when the frame has left", arguments: [false, true])
+  func givesBack(isPacked: Bool) throws {
+    let pair = try GuestPair(isPacked: isPacked)
+    let small = frame(1, bytes: GuestPair.smallBytesMax)
+    let long = frame(2, bytes: GuestPair.smallBytesMax + 1)
+    pair.transmit(small, pieces: 1, isIndirect: false)
+    pair.transmit(long, pieces: 1, isIndirect: false)
+    for _ in 0..<3 { pair.turn() }
+    #expect(pair.reap() == 1)
+    for _ in 0..<2 { pair.offerBuffer(bytes: GuestPair.slotBytes) }
+    for _ in 0..<4 { pair.turn() }
+    #expect(pair.reap() == 1)
+    #expect(pair.receive() == [small, long])
+  }
+}
