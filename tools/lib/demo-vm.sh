@@ -159,7 +159,7 @@ migrate() {
   start_vm moved B A "${options[@]}" -incoming "tcp:$(host_address B):$migration_port"
   vm_do B "killall iperf3; iperf3 --server --one-off --interval 1 --format k >/tmp/seconds &"
   sleep 1
-  say "guest A sends to guest B over one TCP connection for $migration_seconds s, and moves from host A to host B meanwhile"
+  say "guest A sends to guest B over one TCP connection for $migration_seconds s, and moves from host A to host B"
   vm_do A "iperf3 --client $(guest_address B) --time $migration_seconds >/tmp/sent 2>&1; echo SENT-ALL"
   sleep 6
   start=$SECONDS

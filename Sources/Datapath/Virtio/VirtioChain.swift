@@ -50,6 +50,12 @@ public struct VirtioChain: ~Copyable, @unchecked Sendable {
     unsafe UnsafeBufferPointer(start: UnsafePointer(pieces.address(of: 0)) + readableCount, count: writableCount)
   }
 
+  /// Where the guest sees the first of these; traps where there is none.
+  var writableAddress: UInt64 {
+    precondition(writableCount > 0, "a chain with nothing to write")
+    return guestAddresses[readableCount]
+  }
+
   /// Notes in the dirty log that the first `bytes` of the writable pieces were written.
   public func markDirty(_ memory: GuestMemory.Reference, bytes: Int) {
     guard memory.isLogged else { return }

@@ -104,6 +104,7 @@ struct GuestLane: ~Copyable {
     var left = bytes
     var count = 0
     var countPlace: UnsafeMutableRawPointer?
+    var countAddress: UInt64 = 0
     while left > 0 {
       guard count < (mergesBuffers ? Self.buffersMax : 1) else { return refuse(start, IOEvent.shortWrite) }
       switch queue.next(memory, into: &chain) {
@@ -119,6 +120,7 @@ struct GuestLane: ~Copyable {
           return refuse(start, IOEvent.shortWrite)
         }
         unsafe countPlace = unsafe chain.writable[0].iov_base + 10
+        countAddress = chain.writableAddress + 10
       }
       let room = min(left, chain.writableBytes)
       guard room > 0 else { return refuse(start, EPROTO) }
@@ -131,6 +133,8 @@ struct GuestLane: ~Copyable {
     }
     // num_buffers (virtio 1.2 §5.1.6.4), little-endian as this machine is; 1 where buffers do not merge.
     unsafe countPlace?.storeBytes(of: UInt16(truncatingIfNeeded: count).littleEndian, as: UInt16.self)
+    // Only what is marked after it was written is sure to migrate.
+    if memory.isLogged { memory.markDirty(countAddress, bytes: 2) }
     for place in 0..<count { queue.complete(tokens[place], writtenBytes: Int(written[place])) }
     hasCompleted = true
     return 0
