@@ -58,10 +58,11 @@ private final class GuestPair {
     settings.sources = 2
     settings.lanes = 1
     settings.interfaces = 2
-    settings.operations = 64
+    // More than frames can be under way: what waits for buffers is not dropped.
+    settings.operations = 1_024
     worker = Worker(
-      io: try SyscallIO(IOLimits(entries: 64, slots: 16, posted: 8, sources: 2, lanes: 1, operations: 64)),
-      memory: try FrameMemory(slotCount: 16, hugePages: false), mailbox: mailbox, settings: settings,
+      io: try SyscallIO(IOLimits(entries: 64, slots: 64, posted: 8, sources: 2, lanes: 1, operations: 1_024)),
+      memory: try FrameMemory(slotCount: 64, hugePages: false), mailbox: mailbox, settings: settings,
       view: snapshot.view, workerCounters: blocks[0].writer, underlayCounters: blocks[1].writer)
     let interfaces = (0..<2).map { InterfaceIndex($0) }
     for (number, index) in interfaces.enumerated() {

@@ -126,7 +126,7 @@ extension EndToEnd {
           try lab.node(
             host,
             NodeConfiguration(
-              host, among: hosts, ports: [.vhostUser("vm1", sockets[host.index]), NodeConfiguration.Port(name: "tap1")]),
+              host, among: hosts, ports: [.vhostUser("vm1", sockets[host.index]), .init(name: "tap1")]),
             guests: [host.index + 2])
         }
         let (near, far) = (nodes[0].guests[0], nodes[1].guests[0])

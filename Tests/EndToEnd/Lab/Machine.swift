@@ -1,8 +1,8 @@
 import Glibc
 import Testing
 
-/// A real virtual machine on a host, by QEMU's software emulation: Debian's kernel, busybox and iperf3. It is one of the
-/// lab's guests, in whose place a namespace stands no more.
+/// A real virtual machine on a host, by QEMU's software emulation: Debian's kernel, busybox and iperf3. It is one of
+/// the lab's guests, in whose place a namespace stands no more.
 final class Machine {
   /// How its network card's frames leave QEMU.
   enum Card {
