@@ -10,9 +10,9 @@ import Glibc
 ///  2. When its last send is over, the next `collect` gives the chain back to the guest, and calls it if it wants that.
 ///
 /// To a guest: `deliver` copies a frame into buffers that the guest made available; the next `collect` shows them to
-/// it, all of a turn at once. Where it has none the frame is sent as to a socket: `send` copies each message of a chain,
-/// the `sent` event comes with the next `collect`; the chain stops as at a full socket, and `writable` comes when there
-/// are buffers.
+/// it, all of a turn at once. Where it has none the frame is sent as to a socket: `send` copies each message of a
+/// chain, the `sent` event comes with the next `collect`; the chain stops as at a full socket, and `writable` comes
+/// when there are buffers.
 ///
 /// While a worker polls, no guest kicks. Before it waits it asks all of them to, and looks a last time.
 struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
