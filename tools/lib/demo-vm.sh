@@ -157,10 +157,10 @@ migrate() {
   say "host B: a virtual machine waits for guest A at the port vm2"
   mapfile -t options < <(card_of_vhost_user "$state/vm2B.sock")
   start_vm moved B A "${options[@]}" -incoming "tcp:$(host_address B):$migration_port"
-  vm_do B "killall iperf3; iperf3 --server --one-off --interval 1 --format k >/tmp/seconds &"
+  vm_do B "killall iperf3; iperf3 --server --one-off --interval 1 --format k >/seconds &"
   sleep 1
   say "guest A sends to guest B over one TCP connection for $migration_seconds s, and moves from host A to host B"
-  vm_do A "iperf3 --client $(guest_address B) --time $migration_seconds >/tmp/sent 2>&1; echo SENT-ALL"
+  vm_do A "iperf3 --client $(guest_address B) --time $migration_seconds >/sent 2>&1; echo SENT-ALL"
   sleep 6
   start=$SECONDS
   monitor A "migrate -d tcp:$(host_address B):$migration_port"
@@ -173,7 +173,7 @@ migrate() {
   stop_vm A
   say "guest A is on host B now, $moved s after the monitor was told; its connection goes on"
   await_vm moved SENT-ALL $((migration_seconds + 60))
-  vm_run B 20 'cat /tmp/seconds'
+  vm_run B 20 'cat /seconds'
   print_migration <<<"$answer"
   vm_run moved 30 "ping -c 10 -A -q $(guest_address B)"
   [[ $answer == *' 0% packet loss'* ]] || die "guest A does not reach guest B after it moved: $answer"

@@ -79,7 +79,7 @@ final class Machine {
   /// Waits until it is up, and has it return on a port whatever comes.
   func awaitBoot() throws {
     try expectText("BOOTED")
-    try type("nc -ll -p \(Machine.echoPort) -e cat &\n")
+    try run("nc -ll -p \(Machine.echoPort) -e cat & until netstat -ltn | grep -q :\(Machine.echoPort); do :; done")
   }
 
   /// Runs a command of its shell to its end.
@@ -113,9 +113,9 @@ final class Machine {
   /// Sends random bytes to another machine, which returns them, over one TCP connection; both ways at once.
   func expectEcho(of other: Machine, mebibytes: Int = 4, sourceLocation: SourceLocation = #_sourceLocation) throws {
     let answer = try run(
-      "dd if=/dev/urandom of=/tmp/sent bs=64k count=\(mebibytes << 4) 2>/dev/null; "
-        + "nc \(other.guest.address) \(Machine.echoPort) </tmp/sent >/tmp/echoed; "
-        + "ls -l /tmp/sent /tmp/echoed; cmp /tmp/sent /tmp/echoed && echo SAME")
+      "dd if=/dev/urandom of=/sent bs=64k count=\(mebibytes << 4) 2>/dev/null; "
+        + "nc \(other.guest.address) \(Machine.echoPort) </sent >/echoed; "
+        + "ls -l /sent /echoed; cmp /sent /echoed && echo SAME")
     #expect(answer.contains("SAME"), "\(answer)", sourceLocation: sourceLocation)
   }
 }
