@@ -294,6 +294,8 @@ final class GuestPort {
     guard lent.answersLeft == 1 else { return }
     queues[number].parameters?.base = lent.ring.base
     queues[number].lent = nil
+    // What is not lent again, as the frontend turned it off, is not of before either.
+    queues[number].isStale = false
     carryOut(settle(number))
     carryOut(adoptIfAll())
   }
@@ -308,6 +310,7 @@ final class GuestPort {
     queues[number].parameters?.base = lent.ring.base
     queues[number].parameters?.isEnabled = false
     queues[number].lent = nil
+    queues[number].isStale = false
     announceAbilities()
     carryOut(settle(number))
     carryOut(adoptIfAll())
