@@ -104,7 +104,8 @@ class Testpmd:
     def __init__(self, lab, name, cpu, devices, options):
         self.lab = lab
         # A virtio-user port passes on its memory as few files as a message has room for.
-        command = ["dpdk-testpmd", *dpdk_arguments(lab, name, cpu), "--single-file-segments",
+        # What it prints is to be read line by line while it runs.
+        command = ["stdbuf", "--output=L", "dpdk-testpmd", *dpdk_arguments(lab, name, cpu), "--single-file-segments",
                    *(f"--vdev={device}" for device in devices), "--", "-i", "--nb-cores=1", *options]
         self.process = lab.start(None, *command, output=f"{name}.log", standard_input=subprocess.PIPE)
         lab.until(lambda: "testpmd>" in self.text(), START_SECONDS_MAX, f"testpmd {name}", self.process)
