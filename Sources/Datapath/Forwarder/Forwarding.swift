@@ -104,6 +104,24 @@ public struct CounterTable: ~Copyable {
     domain.add(.outBytes, Int(descriptor.length))
   }
 
+  /// Frames came in by one guest's port, and another guest took them.
+  @inline(__always)
+  func countPassed(
+    _ run: PassedFrames, from ingress: InterfaceIndex, to egress: InterfaceRecord, _ domain: DomainIndex
+  ) {
+    let counters = self[ingress].counters
+    counters.add(.inFrames, run.frames)
+    counters.add(.inBytes, run.bytes)
+    egress.counters.add(.offeredFrames, run.frames)
+    egress.counters.add(.outFrames, run.frames)
+    egress.counters.add(.outBytes, run.bytes)
+    guard let domain = self[domain] else { return }
+    domain.add(.inFrames, run.frames)
+    domain.add(.inBytes, run.bytes)
+    domain.add(.outFrames, run.frames)
+    domain.add(.outBytes, run.bytes)
+  }
+
   /// The kernel took a train.
   @inline(__always)
   func countTrain(_ frames: Int) {

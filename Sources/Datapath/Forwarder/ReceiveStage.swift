@@ -65,6 +65,13 @@ struct ReceiveStage: ~Copyable {
     }
   }
 
+  /// Where frames of a source belong; `.none` twice where it brings none any more.
+  @inline(__always)
+  func place(of source: Int) -> (interface: InterfaceIndex, domain: DomainIndex) {
+    let source = sources[source]
+    return source.state == .armed ? (source.interface, source.domain) : (.none, .none)
+  }
+
   /// Posts free slots up to the target, and arms what waited for them.
   @inline(__always)
   mutating func replenish(_ io: inout some WorkerIO & ~Copyable, _ memory: inout FrameMemory) {

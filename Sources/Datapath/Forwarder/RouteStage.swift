@@ -32,6 +32,15 @@ package struct RouteStage: ~Copyable {
     router.prefetch(domain: descriptor.domain) { EthernetView(memory.head(of: descriptor))?.destination.bits }
   }
 
+  /// Where the decision that is remembered sends a frame of a port; `.none` where it takes `route` to know.
+  @inline(__always)
+  func remembered(
+    _ addresses: FrameAddresses, ingress: InterfaceIndex, domain: DomainIndex, now: TurnClock
+  ) -> InterfaceIndex {
+    router.remembered(
+      source: addresses.source, destination: addresses.destination, ingress: ingress, domain: domain, now: now)
+  }
+
   /// Routes a frame or a train; appends it to `batch`, which has room for `trainFramesMax`, or drops it.
   @inline(__always)
   package mutating func route(

@@ -130,7 +130,7 @@ public final class ForeignMemory: @unchecked Sendable {
         unsafe buffer.pointee.holds = 1
         let header = unsafe owner.headers + index * ForeignMemory.headerCopyBytes
         let copied = min(bytes, ForeignMemory.headerCopyBytes)
-        unsafe header.copyMemory(from: piece, byteCount: copied)
+        unsafe clinux_copy(header, piece, copied)
         unsafe buffer.pointee.segments[0] = unsafe iovec(iov_base: header, iov_len: copied)
         guard copied < bytes else {
           unsafe buffer.pointee.segmentCount = 1

@@ -352,7 +352,7 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
   @unsafe @inline(__always)
   func copy(_ descriptor: Descriptor, to place: UnsafeMutableRawPointer) {
     let (start, count) = unsafe headRange(descriptor)
-    unsafe place.copyMemory(from: start, byteCount: count)
+    unsafe clinux_copy(place, start, count)
     if count < Int(descriptor.length) { unsafe copyRest(of: descriptor, from: count, to: place + count) }
   }
 

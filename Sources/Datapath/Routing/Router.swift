@@ -130,6 +130,21 @@ public struct Router: ~Copyable {
     return limit(decideAnew(key, ingress, domain, generation, now.seconds), domain, frames, now)
   }
 
+  /// Where a frame goes that `decide` would send to one place, by what it remembers of this second; `.none` where that
+  /// is not known without it. Nothing is learned, and nothing that `decide` counts would be.
+  @inline(__always)
+  func remembered(
+    source: UInt64, destination: UInt64, ingress: InterfaceIndex, domain: DomainIndex, now: TurnClock
+  ) -> InterfaceIndex {
+    guard let macs = view.macs(of: domain) else { return .none }
+    let key = CacheKey(source: source, destination: destination, ingress: ingress, domain: domain)
+    let entry = cache[key.place]
+    guard entry.key == key, entry.generation == macs.generation, entry.second == now.seconds,
+      entry.learned.counter == nil, case .unicast(let egress) = entry.outcome
+    else { return .none }
+    return egress
+  }
+
   /// The short way of most frames that the cache does not have: from a known source to a known destination elsewhere.
   /// It decides as `decideAnew` would.
   /// - Returns: `.none` for all others.

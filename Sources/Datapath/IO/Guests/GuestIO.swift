@@ -187,6 +187,29 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
     lanes[lane]!.deliver(header, frame, memory)
   }
 
+  // MARK: From guest to guest at once
+
+  /// Sources that are guests' and open; `guestSource` names them.
+  var openGuestSourceCount: Int { @inline(__always) get { guestSourceCount } }
+  @inline(__always)
+  func guestSource(_ place: Int) -> Int { Int(guestSources[place]) }
+
+  mutating func beginPassing(_ source: Int) { sources[source]!.beginPassing(upTo: framesOfTurnMax) }
+
+  /// The addresses of the next frame that could go to another guest at once.
+  mutating func nextAddresses(_ source: Int) -> FrameAddresses? { sources[source]!.nextAddresses() }
+
+  /// Copies the next frames with these addresses to a guest; the next `collect` shows them to it.
+  mutating func pass(
+    _ source: Int, _ addresses: FrameAddresses, frameBytesMax: Int, to lane: Int
+  ) -> PassedFrames {
+    let passed = sources[source]!.pass(addresses, frameBytesMax: frameBytesMax, to: &lanes[lane]!)
+    framesTaken += passed.frames
+    return passed
+  }
+
+  mutating func endPassing(_ source: Int) { sources[source]!.endPassing() }
+
   /// Shows a guest what was copied for it, and calls it if it wants that.
   private mutating func publish(_ lane: Int) {
     if lanes[lane]!.publish() { kernel.wake(laneNotes[lane].call) }

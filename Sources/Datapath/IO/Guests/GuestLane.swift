@@ -67,6 +67,31 @@ struct GuestLane: ~Copyable {
     return true
   }
 
+  /// Copies a plain frame that lies in one piece of another guest's memory into a buffer that has room for it.
+  /// - Parameters:
+  ///   - addresses: its first bytes, as they were read; they are not read again.
+  ///   - frame: `frameBytes`, at least as many as `addresses` has.
+  /// - Returns: whether it did; if not, nothing was taken.
+  @unsafe @inline(__always)
+  mutating func deliver(_ addresses: FrameAddresses, _ frame: UnsafeRawPointer, frameBytes: Int) -> Bool {
+    if nextSingle == singles.count { takeSingles() }
+    guard nextSingle < singles.count else { return false }
+    let single = singles[nextSingle]
+    let bytes = OffloadHeader.bytes &+ frameBytes
+    guard single.isWritable, bytes <= Int(single.bytes) else { return false }
+    nextSingle &+= 1
+    unsafe single.place.storeBytes(of: 0, as: UInt64.self)
+    unsafe single.place.storeBytes(of: 1 << 16, toByteOffset: 8, as: UInt32.self)
+    let place = unsafe single.place + OffloadHeader.bytes
+    unsafe addresses.write(to: place)
+    unsafe clinux_copy(
+      place + FrameAddresses.bytes, frame + FrameAddresses.bytes, frameBytes &- FrameAddresses.bytes)
+    single.markDirty(memory, bytes: bytes)
+    queue.complete(single.token, writtenBytes: bytes)
+    hasCompleted = true
+    return true
+  }
+
   private mutating func takeSingles() {
     nextSingle = 0
     _ = queue.take(memory, upTo: VirtioSingles.countMax, into: &singles)

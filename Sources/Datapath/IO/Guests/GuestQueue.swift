@@ -1,82 +1,70 @@
 /// A ring of either kind.
 struct GuestQueue: ~Copyable {
-  private var split: SplitQueue?
-  private var packed: PackedQueue?
+  /// One of the two has the ring. An optional would be asked, by a call, before every use, and moved for some.
+  private var split: OwnedArray<SplitQueue>
+  private var packed: OwnedArray<PackedQueue>
+  private let isSplit: Bool
 
   init(_ ring: borrowing GuestRing) throws(VirtqueueError) {
-    if ring.features.contains(.packedRing) {
-      split = nil
-      packed = try PackedQueue(ring.areas, features: ring.features, base: ring.base)
+    let isSplit = !ring.features.contains(.packedRing)
+    var split = OwnedArray<SplitQueue>(capacity: 1)
+    var packed = OwnedArray<PackedQueue>(capacity: 1)
+    if isSplit {
+      split.append(try SplitQueue(ring.areas, features: ring.features, base: ring.base))
+      split[0].logWrites(ring.logAddresses)
     } else {
-      split = try SplitQueue(ring.areas, features: ring.features, base: ring.base)
-      packed = nil
+      packed.append(try PackedQueue(ring.areas, features: ring.features, base: ring.base))
+      packed[0].logWrites(ring.logAddresses)
     }
-    if split != nil { split!.logWrites(ring.logAddresses) } else { packed!.logWrites(ring.logAddresses) }
+    self.split = split
+    self.packed = packed
+    self.isSplit = isSplit
   }
 
   @inline(__always)
   mutating func next(_ memory: GuestMemory.Reference, into chain: inout VirtioChain) -> VirtqueueResult {
-    if split != nil { return split!.next(memory, into: &chain) }
-    return packed!.next(memory, into: &chain)
+    isSplit ? split[0].next(memory, into: &chain) : packed[0].next(memory, into: &chain)
   }
 
   @inline(__always)
-  mutating func take(
-    _ memory: GuestMemory.Reference, upTo most: Int, into singles: inout VirtioSingles
-  ) -> Bool {
-    if split != nil { return split!.take(memory, upTo: most, into: &singles) }
-    return packed!.take(memory, upTo: most, into: &singles)
+  mutating func take(_ memory: GuestMemory.Reference, upTo most: Int, into singles: inout VirtioSingles) -> Bool {
+    isSplit
+      ? split[0].take(memory, upTo: most, into: &singles) : packed[0].take(memory, upTo: most, into: &singles)
   }
 
   mutating func giveBack(last count: Int) {
-    if split != nil { split!.giveBack(last: count) } else { packed!.giveBack(last: count) }
+    if isSplit { split[0].giveBack(last: count) } else { packed[0].giveBack(last: count) }
   }
 
-  @inline(__always)
-  var mark: VirtqueueMark { read({ $0.mark }, { $0.mark }) }
-  var takenCount: Int { read({ $0.takenCount }, { $0.takenCount }) }
-  var base: UInt32 { read({ $0.base }, { $0.base }) }
-
-  @inline(__always)
-  private borrowing func read<Value>(
-    _ ofSplit: (borrowing SplitQueue) -> Value, _ ofPacked: (borrowing PackedQueue) -> Value
-  ) -> Value {
-    switch split {
-    case .some(let queue): return ofSplit(queue)
-    case .none: break
-    }
-    switch packed {
-    case .some(let queue): return ofPacked(queue)
-    case .none: preconditionFailure("a ring is neither split nor packed")
-    }
-  }
+  var mark: VirtqueueMark { isSplit ? split[0].mark : packed[0].mark }
+  var base: UInt32 { isSplit ? split[0].base : packed[0].base }
 
   mutating func rewind(to mark: VirtqueueMark) {
-    if split != nil { split!.rewind(to: mark) } else { packed!.rewind(to: mark) }
+    if isSplit { split[0].rewind(to: mark) } else { packed[0].rewind(to: mark) }
   }
 
   @inline(__always)
   mutating func complete(_ token: VirtioChain.Token, writtenBytes: Int) {
-    if split != nil {
-      split!.complete(token, writtenBytes: writtenBytes)
+    if isSplit {
+      split[0].complete(token, writtenBytes: writtenBytes)
     } else {
-      packed!.complete(token, writtenBytes: writtenBytes)
+      packed[0].complete(token, writtenBytes: writtenBytes)
     }
   }
 
   @inline(__always)
   mutating func publish(_ memory: GuestMemory.Reference) {
-    if split != nil { split!.publish(memory) } else { packed!.publish(memory) }
+    if isSplit { split[0].publish(memory) } else { packed[0].publish(memory) }
   }
 
   @inline(__always)
-  mutating func mustCall() -> Bool { split != nil ? split!.mustCall() : packed!.mustCall() }
+  mutating func mustCall() -> Bool { isSplit ? split[0].mustCall() : packed[0].mustCall() }
 
   mutating func askForKicks(_ memory: GuestMemory.Reference) -> Bool {
-    split != nil ? split!.askForKicks(memory) : packed!.askForKicks(memory)
+    isSplit ? split[0].askForKicks(memory) : packed[0].askForKicks(memory)
   }
 
   mutating func refuseKicks(_ memory: GuestMemory.Reference) {
-    if split != nil { split!.refuseKicks(memory) } else { packed!.refuseKicks(memory) }
+    if isSplit { split[0].refuseKicks(memory) } else { packed[0].refuseKicks(memory) }
   }
 }

@@ -3,7 +3,9 @@ import Glibc
 
 /// A ring that a guest transmits by, as the worker that polls it has it.
 ///
-/// The way of a chain: `poll` takes it and makes a frame under way of it; `giveBack` returns it when nobody uses its
+/// The way of a frame that may go to another guest at once: `beginPassing`, `pass`, `endPassing`.
+///
+/// The way of any other chain: `poll` takes it and makes a frame under way of it; `giveBack` returns it when nobody uses its
 /// bytes any more. Of a small frame the first bytes, which are copied, are all: its chain goes back at once.
 struct GuestSource: ~Copyable {
   private let ring: GuestRing.Reference
@@ -16,6 +18,8 @@ struct GuestSource: ~Copyable {
   private var queue: GuestQueue
   private var chain = VirtioChain()
   private var singles = VirtioSingles()
+  /// The next of them to pass on.
+  private var nextSingle = 0
   /// By frame under way, what names its chain.
   private var tokens: FixedArray<VirtioChain.Token>
   /// By frame under way, whether its chain went back already.
@@ -44,6 +48,62 @@ struct GuestSource: ~Copyable {
     end = GuestRingEnd(isKickEnded: !hasKick)
     self.queue.refuseKicks(memory)
   }
+
+  // MARK: Frames that go to another guest at once
+
+  /// Takes frames in one piece to look at. What `pass` leaves of them `endPassing` gives back, and `poll` takes it.
+  mutating func beginPassing(upTo most: Int) {
+    nextSingle = 0
+    singles.count = 0
+    guard !end.hasBegun else { return }
+    _ = queue.take(memory, upTo: most, into: &singles)
+  }
+
+  /// The addresses of the next frame; nil where none is left, or where it asks for more than to be passed on: an
+  /// offload, or a word about its length.
+  @inline(__always)
+  func nextAddresses() -> FrameAddresses? {
+    guard nextSingle < singles.count else { return nil }
+    return Self.addresses(singles[nextSingle])
+  }
+
+  @inline(__always)
+  private static func addresses(_ single: VirtioSingle) -> FrameAddresses? {
+    guard !single.isWritable, Int(single.bytes) >= OffloadHeader.bytes + FrameAddresses.bytes,
+      unsafe OffloadHeader(first: single.place.loadUnaligned(as: UInt64.self), second: 0).isPlain
+    else { return nil }
+    return unsafe FrameAddresses(single.place + OffloadHeader.bytes)
+  }
+
+  /// Copies the next frames that have the same addresses into a lane's buffers, each once. It stops at the first that
+  /// it cannot: another's, one that is no plain frame of at most `frameBytesMax`, or one for which there is no buffer.
+  mutating func pass(
+    _ addresses: FrameAddresses, frameBytesMax: Int, to lane: inout GuestLane
+  ) -> PassedFrames {
+    var passed = PassedFrames()
+    while nextSingle < singles.count {
+      let single = singles[nextSingle]
+      // Read again, for only what was read now is what the frame is.
+      guard let own = Self.addresses(single), own.areSame(as: addresses) else { break }
+      let frameBytes = Int(single.bytes) - OffloadHeader.bytes
+      guard frameBytes <= frameBytesMax,
+        unsafe lane.deliver(own, single.place + OffloadHeader.bytes, frameBytes: frameBytes)
+      else { break }
+      queue.complete(single.token, writtenBytes: 0)
+      nextSingle &+= 1
+      passed.frames &+= 1
+      passed.bytes &+= frameBytes
+    }
+    if passed.frames > 0 { hasCompleted = true }
+    return passed
+  }
+
+  mutating func endPassing() {
+    if nextSingle < singles.count { queue.giveBack(last: singles.count - nextSingle) }
+    singles.count = 0
+  }
+
+  // MARK: Frames that go through the stages
 
   /// Takes what the guest made available, up to `most` frames.
   mutating func poll(_ source: Int, upTo most: Int, into events: inout EventBatch) -> Int {
