@@ -6,9 +6,13 @@ struct GuestQueue: ~Copyable {
   init(_ ring: borrowing GuestRing) throws(VirtqueueError) {
     if ring.features.contains(.packedRing) {
       split = nil
-      packed = try PackedQueue(ring.areas, features: ring.features, base: ring.base)
+      var queue = try PackedQueue(ring.areas, features: ring.features, base: ring.base)
+      if let region = unsafe ring.inFlight { _ = unsafe try queue.trackInFlight(region) }
+      packed = consume queue
     } else {
-      split = try SplitQueue(ring.areas, features: ring.features, base: ring.base)
+      var queue = try SplitQueue(ring.areas, features: ring.features, base: ring.base)
+      if let region = unsafe ring.inFlight { _ = unsafe try queue.trackInFlight(region) }
+      split = consume queue
       packed = nil
     }
     if split != nil { split!.logWrites(ring.logAddresses) } else { packed!.logWrites(ring.logAddresses) }
