@@ -40,16 +40,19 @@ let package = Package(
         .product(name: "Logging", package: "swift-log"),
       ],
       swiftSettings: own),
-    .target(name: "FuzzEntry", dependencies: ["Datapath"], path: "Tests/Fuzz/Entry", swiftSettings: own),
+    .target(
+      name: "FuzzEntry", dependencies: ["CLinux", "Control", "Datapath"], path: "Tests/Fuzz/Entry", swiftSettings: own),
     .target(name: "TestSupport", path: "Tests/Support", swiftSettings: own),
     .testTarget(
       name: "DatapathTests", dependencies: ["CLinux", "Datapath", "FuzzEntry", "TestSupport"], path: "Tests/Datapath",
       swiftSettings: own),
     .testTarget(
-      name: "SimulatedKernelTests", dependencies: ["Datapath", "SimulatedKernel"], path: "Tests/SimulatedKernel",
+      name: "SimulatedKernelTests", dependencies: ["Datapath", "SimulatedKernel", "TestSupport"],
+      path: "Tests/SimulatedKernel",
       swiftSettings: own),
     .testTarget(
-      name: "ControlTests", dependencies: ["Control", "Datapath", "TestSupport"], path: "Tests/Control",
+      name: "ControlTests", dependencies: ["CLinux", "Control", "Datapath", "FuzzEntry", "TestSupport"],
+      path: "Tests/Control",
       swiftSettings: own),
     .testTarget(
       name: "EndToEndTests",

@@ -3,7 +3,7 @@ import Testing
 
 @testable import Control
 
-/// The command as a person runs it. It stands beside the program that runs the tests.
+/// The command as a person runs it.
 private enum Command {
   struct Result {
     var status: Int32
@@ -11,15 +11,8 @@ private enum Command {
     var errors: String
   }
 
-  static let path: String = {
-    var target = [CChar](repeating: 0, count: Int(PATH_MAX))
-    let count = unsafe readlink("/proc/self/exe", &target, target.count)
-    let bytes = target.prefix(max(0, count)).map { UInt8(bitPattern: $0) }
-    let folder = bytes.split(separator: UInt8(ascii: "/")).dropLast()
-    return folder.map { "/" + String(decoding: $0, as: UTF8.self) }.joined() + "/vnetr"
-  }()
-
-  static var isBuilt: Bool { unsafe access(path, X_OK) == 0 }
+  static var path: String { BuiltCommand.path }
+  static var isBuilt: Bool { BuiltCommand.isBuilt }
 
   /// An empty file of its own for the time of a call.
   private static func withFile<Value>(_ body: (String) throws -> Value) throws -> Value {

@@ -132,7 +132,8 @@ let least = """
           ],
           ports: [
             .init(
-              name: "vm1", kind: .tap, device: "vm1", socket: "/run/vnetr/vm1.sock", domain: "blue", queues: 1,
+              name: "vm1", kind: .tap, device: "vm1", socket: "/run/vnetr/vm1.sock", socketMode: .server,
+              domain: "blue", queues: 1,
               mtuBytes: nil,
               offloads: true,
               mac: nil)
@@ -353,8 +354,8 @@ extension String {
       "name = \"vm1\"", "name = \"vm1\"\nsocket = \"/run/x\"",
       "port[0].socket: only a vhost-user port has a socket; leave it out, or set kind = \"vhost-user\""),
     Mistake(
-      "name = \"vm1\"", "name = \"vm1\"\nkind = \"vhost-user\"\nsocket = \"x.sock\"",
-      "port[0].socket: \"x.sock\" is no socket's path; use an absolute path of at most 107 bytes"),
+      "name = \"vm1\"", "name = \"vm1\"\nsocket_mode = \"client\"",
+      "port[0].socket_mode: only a vhost-user port has a socket; leave it out, or set kind = \"vhost-user\""),
   ]
 
   static let typesAndRanges = [
@@ -540,6 +541,44 @@ extension String {
   func oneMistakeGivesOneErrorWithItsKeyPathAndWhatWouldBeRight(_ mistake: Mistake) throws {
     let text = try #require(mistake.made(in: sound), "nothing to replace")
     #expect(errors(text) == ["f.toml: " + mistake.expected])
+  }
+
+  @Test(
+    arguments: [
+      (
+        "socket = \"x.sock\"", [:],
+        "f.toml: port[0].socket: \"x.sock\" is no socket's path; use an absolute path of at most 107 bytes"
+      ),
+      (
+        "socket_mode = \"clint\"", [:],
+        "f.toml: port[0].socket_mode: \"clint\" is no value of it; did you mean \"client\"? (values: server, client)"
+      ),
+      (
+        "queues = 2", ["cpus": "0,1"],
+        "--cpus: a vhost-user port is sent to by one worker, and here 2 would send; use one CPU, such as \"0\", or one "
+          + "that sends, such as \"rx=0 route=0 tx=1\""
+      ),
+      (
+        "", ["cpus": "rx=0 route=1 tx=2,3"],
+        "--cpus: a vhost-user port is sent to by one worker, and here 2 would send; use one CPU for tx, such as tx=2"
+      ),
+      ("socket_mode = \"client\"", ["cpus": "rx=0,1 route=2 tx=3"], nil), ("", ["layout": "pipeline"], nil),
+    ] as [(String, [String: String], String?)])
+  func aVhostUserPortIsCheckedWithTheWorkersThatServeIt(
+    _ lines: String, _ overrides: [String: String], _ expected: String?
+  ) throws {
+    let text = try #require(
+      Mistake("name = \"vm1\"", "name = \"vm1\"\nkind = \"vhost-user\"\n\(lines)", "").made(in: least))
+    #expect(errors(text, overrides: overrides) == (expected.map { [$0] } ?? []))
+  }
+
+  @Test func moreQueuesOfVhostUserPortsThanWorkersKnowAreRefused() {
+    let ports = (0..<17).map {
+      "[[port]]\nname = \"vm\($0)\"\nkind = \"vhost-user\"\ndomain = \"blue\"\nqueues = 16\n"
+    }
+    let found = errors("[[domain]]\nname = \"blue\"\nvni = 1\n" + ports.joined())
+    #expect(
+      found == ["f.toml: port[16].queues: the vhost-user ports up to this one have 272 queues; use at most 256 in all"])
   }
 
   @Test func aSectionThatMayComeSeveralTimesNeedsDoubleBrackets() {

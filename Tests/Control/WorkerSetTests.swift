@@ -105,9 +105,12 @@ private func text(_ workers: WorkerSet) -> [String] { workers.workers.map { "\($
   }
 
   private func choose(
-    _ layout: Configuration.Layout, _ dispatch: Configuration.Dispatch = .adaptive, queues: Int = 1, on allowed: [Int]
+    _ layout: Configuration.Layout, _ dispatch: Configuration.Dispatch = .adaptive, queues: Int = 1,
+    guests: Bool = false,
+    on allowed: [Int]
   ) -> WorkerSet.Choice {
-    WorkerSet.choose(layout: layout, cpus: .auto, dispatch: dispatch, queuesMax: queues, allowed: allowed)
+    WorkerSet.choose(
+      layout: layout, cpus: .auto, dispatch: dispatch, queuesMax: queues, servesGuests: guests, allowed: allowed)
   }
 
   @Test func autoTakesAPipelineOnlyWhereItPollsAndThereAreCPUsForItAndSaysWhy() {
@@ -147,13 +150,29 @@ private func text(_ workers: WorkerSet) -> [String] { workers.workers.map { "\($
     #expect(text(choose(.fused, queues: 4, on: [0, 1]).workers) == ["0 rx+route+tx", "1 rx+route+tx"])
   }
 
+  @Test func withAVhostUserPortAutoTakesASetInWhichOneWorkerSendsAndSaysWhy() {
+    for dispatch in Configuration.Dispatch.allCases {
+      for layout in Configuration.Layout.allCases {
+        for count in 1...6 {
+          let choice = choose(layout, dispatch, queues: 4, guests: true, on: Array(0..<count))
+          #expect(choice.workers.transmitters.count == 1, "\(layout), \(dispatch), \(count) CPUs")
+        }
+      }
+    }
+    let fused = choose(.auto, queues: 2, guests: true, on: [0, 1])
+    #expect(text(fused.workers) == ["1 rx+route+tx"])
+    #expect(fused.why.hasSuffix("; one worker: vhost-user ports are sent to by one"))
+  }
+
   @Test func theCPUsThatWereAskedForAreTaken() {
     let list = WorkerSet.choose(
-      layout: .auto, cpus: .list([3, 1]), dispatch: .vmmDriven, queuesMax: 1, allowed: Array(0..<8))
+      layout: .auto, cpus: .list([3, 1]), dispatch: .vmmDriven, queuesMax: 1, servesGuests: false,
+      allowed: Array(0..<8))
     #expect(text(list.workers) == ["3 rx+route+tx", "1 rx+route+tx"])
     #expect(list.layout == .fused)
     let stages = WorkerSet.choose(
       layout: .auto, cpus: .stages(receive: [0], route: [1], transmit: [2]), dispatch: .adaptive, queuesMax: 1,
+      servesGuests: false,
       allowed: Array(0..<8))
     #expect(text(stages.workers) == ["0 rx", "1 route", "2 tx"])
     #expect(stages.layout == .pipeline)

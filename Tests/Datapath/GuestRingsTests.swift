@@ -15,6 +15,7 @@ private final class GuestPair {
 
   private let from: any VirtioDriver
   private let to: any VirtioDriver
+  private let frames = ForeignMemory(bufferCount: GuestRing.framesMax)
   private let rings: [GuestRing]
   private let snapshot: Snapshot
   private let mailbox: Mailbox
@@ -38,10 +39,11 @@ private final class GuestPair {
     }
     from = drivers[0]
     to = drivers[1]
+    let frames = frames
     rings = drivers.enumerated().map { number, driver in
-      GuestRing(
+      unsafe GuestRing(
         driver.areas, features: features, base: isPacked ? 0x8000 : 0, mergesBuffers: true,
-        isFromGuest: number == 0, memory: driver.guest.memory, kick: -1, call: -1)
+        frames: number == 0 ? GuestRing.Frames(frames, owner: 1) : nil, memory: driver.guest.memory, kick: -1, call: -1)
     }
     snapshot = try Snapshot(
       version: 1,
@@ -62,7 +64,9 @@ private final class GuestPair {
     settings.operations = 1_024
     worker = Worker(
       io: try SyscallIO(IOLimits(entries: 64, slots: 64, posted: 8, sources: 2, lanes: 1, operations: 1_024)),
-      memory: try FrameMemory(slotCount: 64, hugePages: false), mailbox: mailbox, settings: settings,
+      memory: FrameMemory(
+        arena: try FrameArena(slotCount: 64, hugePages: false), shares: [FrameMemory.ForeignShare(frames, bringer: 0)]),
+      mailbox: mailbox, settings: settings,
       view: snapshot.view, workerCounters: blocks[0].writer, underlayCounters: blocks[1].writer)
     let interfaces = (0..<2).map { InterfaceIndex($0) }
     for (number, index) in interfaces.enumerated() {

@@ -1,6 +1,7 @@
 import CLinux
-import Datapath
 import Testing
+
+@testable import Datapath
 
 /// A port whose frames lie in somebody else's memory, as a VM's do: it brings chains of pieces and gets them back.
 @safe
@@ -183,6 +184,90 @@ private final class FakePort {
     #expect(port.memory.reference.holds(3) == 1)
   }
 
+  /// A receiver that brings buffers, as worker 0, and the next worker.
+  @safe
+  private struct Pair: ~Copyable {
+    var receiver: FrameMemory
+    var next: FrameMemory
+
+    init(_ port: FakePort) throws {
+      let arenas = try (0..<2).map { _ in try FrameArena(slotCount: 2, hugePages: false) }
+      let shares = [FrameMemory.ForeignShare(port.memory, bringer: 0)]
+      receiver = FrameMemory(arena: arenas[0], number: 0, shares: shares)
+      next = FrameMemory(arena: arenas[1], number: 1, neighbours: [arenas[0], nil], shares: shares)
+    }
+  }
+
+  @Test("a buffer that is handed on is held and read there, and comes back to who brought it after its last send")
+  func crossing() throws {
+    let port = FakePort()
+    var pair = try Pair(port)
+    let pieces = [100..<700, 5_000..<5_100]
+    let segments = try #require(port.bring(2, pieces, headerBytes: 64))
+    pair.receiver.brought(1, of: 1)
+    let buffer = BufferReference(owner: 1, index: 2)
+    let handed = pair.receiver.handOn(buffer, from: 0)
+    #expect(handed == buffer, "its name is the same everywhere")
+    let out = pair.receiver.foreignHandedOnCount
+    #expect(out == 1)
+    let taken = pair.next.takeOver(handed, by: 1)
+    let bytes = gather(pair.next, descriptor(1, 2, length: 700, segments: segments))
+    #expect(bytes == expected(pieces))
+    pair.next.hold(taken, adding: 2)
+    for left in [2, 1, 0] {
+      pair.next.release(taken)
+      let back = pair.next.returnedCount(of: 0)
+      #expect(back == (left == 0 ? 1 : 0))
+    }
+    #expect(port.memory.reference.takeReturned() == nil, "only who brought it gives it back")
+    let returned = pair.next.returnedBuffers(of: 0)[0]
+    pair.next.forgetReturned(of: 0)
+    pair.receiver.comeBack(returned)
+    #expect(port.memory.reference.takeReturned() == 2)
+    let (outAfter, slots) = (pair.receiver.foreignHandedOnCount, pair.receiver.freeSlots)
+    #expect(outAfter == 0)
+    #expect(slots == 2, "a slot's number is told from a foreign buffer's")
+  }
+
+  @Test("a buffer that crosses to a router and comes home routed is the same as before")
+  func crossingHome() throws {
+    let port = FakePort()
+    var pair = try Pair(port)
+    _ = port.bring(0, [0..<100], headerBytes: 54)
+    pair.receiver.brought(1, of: 1)
+    let handed = pair.receiver.handOn(BufferReference(owner: 1, index: 0), from: 0)
+    let there = pair.next.takeOver(handed, by: 1)
+    let back = pair.next.handOn(there, from: 1)
+    let home = pair.receiver.takeOver(back, by: 0)
+    pair.receiver.release(home)
+    #expect(port.memory.reference.takeReturned() == 0)
+    let counts = (pair.receiver.foreignHandedOnCount, pair.next.returnedCount(of: 0))
+    #expect(counts == (0, 0))
+  }
+
+  @Test("a quarter of the buffers may wait for a stuck lane, and none for any when their ring is to be stopped")
+  func waiting() throws {
+    let port = FakePort(bufferCount: 4)
+    let shares = [FrameMemory.ForeignShare(port.memory, bringer: 0)]
+    var memory = FrameMemory(arena: try FrameArena(slotCount: 1, hugePages: false), shares: shares)
+    for count in 1...4 {
+      _ = port.bring(count - 1, [0..<100], headerBytes: 54)
+      memory.brought(1, of: 1)
+      let mayWait = memory.mayWait(BufferReference(owner: 1, index: 0), forStuckLane: true)
+      #expect(mayWait == (count <= 1))
+      let mayWaitForFull = memory.mayWait(BufferReference(owner: 1, index: 0), forStuckLane: false)
+      #expect(mayWaitForFull)
+    }
+    for index in 1..<4 { memory.release(BufferReference(owner: 1, index: index)) }
+    let mayWait = memory.mayWait(BufferReference(owner: 1, index: 0), forStuckLane: true)
+    #expect(mayWait)
+    port.memory.endWaiting()
+    let mayWaitStill = memory.mayWait(BufferReference(owner: 1, index: 0), forStuckLane: false)
+    #expect(!mayWaitStill)
+    let maySlotWait = memory.mayWait(BufferReference(slot: 0), forStuckLane: true)
+    #expect(maySlotWait)
+  }
+
   @Test("two foreign memories keep their buffers apart")
   func twoOwners() throws {
     let ports = [FakePort(), FakePort()]
@@ -223,6 +308,23 @@ private final class FakePort {
       var memory = try FrameMemory(slotCount: 1, hugePages: false)
       let owner = memory.adopt(port.memory.reference)
       memory.hold(BufferReference(owner: owner, index: 0), adding: 1)
+    }
+    await #expect(processExitsWith: .failure) {
+      // A buffer that waits for sends is handed on.
+      let port = FakePort()
+      let shares = [FrameMemory.ForeignShare(port.memory, bringer: 0)]
+      var memory = FrameMemory(arena: try FrameArena(slotCount: 1, hugePages: false), shares: shares)
+      _ = port.bring(0, [0..<10], headerBytes: 10)
+      memory.brought(1, of: 1)
+      memory.hold(BufferReference(owner: 1, index: 0), adding: 1)
+      _ = memory.handOn(BufferReference(owner: 1, index: 0), from: 0)
+    }
+    await #expect(processExitsWith: .failure) {
+      // A buffer comes back that is at home.
+      let port = FakePort()
+      let shares = [FrameMemory.ForeignShare(port.memory, bringer: 0)]
+      var memory = FrameMemory(arena: try FrameArena(slotCount: 1, hugePages: false), shares: shares)
+      memory.comeBack(1 << 22)
     }
     await #expect(processExitsWith: .failure) {
       let port = FakePort()

@@ -5,7 +5,7 @@ import PackageDescription
 // not link. Use tools/fuzz, which builds all that they need with coverage and the address sanitizer too.
 
 /// Each name is a folder in Targets, one in Corpus, and a function of FuzzEntry.
-let names = ["frames", "checksum", "offload", "coalescing", "train", "virtqueue"]
+let names = ["frames", "checksum", "offload", "coalescing", "train", "virtqueue", "messages"]
 
 let package = Package(
   name: "vnetr-fuzz",

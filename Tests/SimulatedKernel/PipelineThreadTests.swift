@@ -1,6 +1,7 @@
 import Glibc
 import SimulatedKernel
 import Synchronization
+import TestSupport
 import Testing
 
 @testable import Datapath
@@ -98,7 +99,11 @@ private struct SleepingIO: ~Copyable, WorkerIO {
       reports = mailbox.reports.makeConsumer()
     }
 
-    func make(_ wiring: inout Wiring, _ number: Int, _ view: SnapshotView, ports: Int, dispatch: Dispatch.Settings) {
+    /// - Parameter guests: by port, where they are guests' network cards instead of TAP devices.
+    func make(
+      _ wiring: inout Wiring, _ number: Int, _ view: SnapshotView, ports: Int, guests: [GuestNetworkCard]?,
+      dispatch: Dispatch.Settings
+    ) {
       var settings = WorkerSettings()
       settings.dispatch = dispatch
       settings.postedSlots = 16
@@ -113,7 +118,20 @@ private struct SleepingIO: ~Copyable, WorkerIO {
       send(.addDomain(DomainIndex(0), blocks[ports].writer))
       for port in 0..<ports {
         let index = InterfaceIndex(port)
-        send(.addInterface(index, InterfaceRecord(.tap, laneFirst: port, laneCount: 1, counters: blocks[port].writer)))
+        send(
+          .addInterface(
+            index,
+            InterfaceRecord(
+              guests == nil ? .tap : .guest, laneFirst: port, laneCount: 1, counters: blocks[port].writer)))
+        if let guest = guests?[port] {
+          if roles.contains(.receive) {
+            network.addWaker(guest.kick)
+            send(
+              .openGuestSource(1 + port, interface: index, domain: DomainIndex(0), guest.transmits!.reference))
+          }
+          if roles.contains(.transmit) { send(.openGuestLane(port, interface: index, guest.receives!.reference)) }
+          continue
+        }
         devices.append(network.addDevice())
         let queue = network.openQueue(device: devices[port])
         if roles.contains(.receive) {
@@ -163,7 +181,25 @@ private struct SleepingIO: ~Copyable, WorkerIO {
       [Roles.receive, .route, .transmit], [[.receive, .route], .transmit], [.receive, [.route, .transmit]],
       [.receive, .route, .transmit, .transmit], [[.receive, .transmit], .route],
     ], [Dispatch.Mode.guestDriven, .adaptive])
-  func threads(roles: [Roles], mode: Dispatch.Mode) throws {
+  func threads(roles: [Roles], mode: Dispatch.Mode) throws { try run(roles, mode, guests: nil) }
+
+  @Test(
+    "frames in the memory of guests go through workers on threads of their own, and every chain comes back",
+    arguments: [
+      [Roles.receive, .route, .transmit], [[.receive, .route], .transmit], [.receive, [.route, .transmit]],
+      [.receive, .route, .route, .transmit], [[.receive, .transmit], .route],
+    ], [Dispatch.Mode.guestDriven, .adaptive])
+  func guestThreads(roles: [Roles], mode: Dispatch.Mode) throws {
+    let guests = try (0..<3).map { try GuestNetworkCard(owner: $0 + 1) }
+    defer { for guest in guests { close(guest.kick) } }
+    try run(roles, mode, guests: guests)
+    for guest in guests {
+      guest.card.reapSent()
+      #expect(guest.card.send.out == 0, "every chain came back")
+    }
+  }
+
+  private func run(_ roles: [Roles], _ mode: Dispatch.Mode, guests: [GuestNetworkCard]?) throws {
     let ports = 3
     let frames: UInt32 = 2_000
     let tables = [MACTable(macsMax: 64)]
@@ -178,22 +214,35 @@ private struct SleepingIO: ~Copyable, WorkerIO {
     joining.slots = 128
     joining.hugePages = false
     joining.batchFrames = 16
-    var wiring = try Wiring(roles: roles, wakers: seats.map(\.mailbox.workerWaker), settings: joining)
+    var wiring = try Wiring(
+      roles: roles, wakers: seats.map(\.mailbox.workerWaker), settings: joining,
+      shares: (guests ?? []).map { FrameMemory.ForeignShare($0.frames, bringer: 0) })
     var dispatch = Dispatch.Settings()
     dispatch.mode = mode
     dispatch.spinNanoseconds = 1_000
+    for guest in guests ?? [] {
+      try guest.connect(
+        sender: seats[0].mailbox.workerWaker,
+        receiver: seats.first { $0.roles.contains(.transmit) }!.mailbox.workerWaker)
+    }
     for (number, seat) in seats.enumerated() {
-      seat.make(&wiring, number, snapshot.view, ports: ports, dispatch: dispatch)
+      seat.make(&wiring, number, snapshot.view, ports: ports, guests: guests, dispatch: dispatch)
     }
 
     // Each port sends unicast to the next and every tenth frame to all; what comes is checked where it is written.
     let macs = (0..<ports).map { 0x0200_0000_0001 + UInt64($0) }
     let receiver = seats[0]
+    // Guests have sent all, and every chain came back.
+    let isAllTaken = Atomic<Bool>(false)
     var sent = [UInt32](repeating: 0, count: ports)
     var numbers: [UInt32: UInt32] = [:]
     receiver.beforeTurn = {
       // Always at least one while there are some: with nothing to receive the worker sleeps, and nobody would wake it.
       let first = sent.firstIndex { $0 < frames }
+      if first == nil {
+        for guest in guests ?? [] { guest.card.reapSent() }
+        if guests?.contains(where: { $0.card.send.out > 0 }) != true { isAllTaken.store(true, ordering: .relaxed) }
+      }
       for port in 0..<ports where sent[port] < frames && (port == first || receiver.network.random.chance(0.7)) {
         let isBroadcast = sent[port] % 10 == 0
         let flow = UInt32(port) << 8 | (isBroadcast ? 2 : 4)
@@ -201,7 +250,12 @@ private struct SleepingIO: ~Copyable, WorkerIO {
         let frame = NumberedFrame(
           destination: isBroadcast ? NumberedFrame.broadcast : macs[(port + 1) % ports], source: macs[port], flow: flow,
           number: number)
-        guard receiver.network.inject(frame.bytes(count: 100), device: receiver.devices[port]) else { continue }
+        let bytes = frame.bytes(count: 100)
+        let isSent =
+          if let guests { guests[port].card.send(bytes) != nil } else {
+            receiver.network.inject(bytes, device: receiver.devices[port])
+          }
+        guard isSent else { continue }
         numbers[flow] = number + 1
         sent[port] += 1
       }
@@ -212,8 +266,10 @@ private struct SleepingIO: ~Copyable, WorkerIO {
       var checkers = (0..<ports).map { _ in OrderChecker() }
       let look = {
         for port in 0..<ports {
-          for written in seat.network.takeWritten(device: seat.devices[port]) {
-            guard checkers[port].check(written.frame) != nil else { continue }
+          let written =
+            guests?[port].card.takeReceived() ?? seat.network.takeWritten(device: seat.devices[port]).map(\.frame)
+          for frame in written {
+            guard checkers[port].check(frame) != nil else { continue }
             delivered.add(1, ordering: .relaxed)
           }
           if !checkers[port].problems.isEmpty { problems.add(checkers[port].problems) }
@@ -229,7 +285,8 @@ private struct SleepingIO: ~Copyable, WorkerIO {
 
     // A unicast frame reaches one port, or both others before its destination was learned; a broadcast frame both.
     let least = Int(frames) * ports + Int(frames) / 10 * ports
-    for _ in 0..<60_000 where delivered.load(ordering: .relaxed) < least && problems.isEmpty { usleep(1_000) }
+    func isOver() -> Bool { delivered.load(ordering: .relaxed) >= least && isAllTaken.load(ordering: .relaxed) }
+    for _ in 0..<60_000 where !isOver() && problems.isEmpty { usleep(1_000) }
     for stage in [Roles.receive, .route, .transmit] {
       let those = seats.filter { $0.roles.contains(stage) && (stage == .receive || !$0.roles.contains(.receive)) }
         .filter { stage != .transmit || !$0.roles.contains(.route) }
@@ -263,6 +320,57 @@ private struct SleepingIO: ~Copyable, WorkerIO {
     let woken = seats.reduce(0) { $0 + $1.counters.value(.neighbourWakes) }
     if slept > seats.count * 4 { #expect(woken > 0) }
     for seat in seats { #expect(seat.network.violations == []) }
+  }
+
+  /// A guest's network card, in memory that the workers share with it.
+  @safe
+  private final class GuestNetworkCard: @unchecked Sendable {
+    let card: GuestCard
+    private(set) var transmits: GuestRing?
+    private(set) var receives: GuestRing?
+    let frames = ForeignMemory(bufferCount: 64)
+    /// Never written to: what there is to send is there before a turn begins.
+    let kick: Int32
+    private let memory: UnsafeMutableRawPointer
+    private let owner: Int
+    private static let size = 32
+    private static let address: UInt64 = 0x10_0000
+
+    init(owner: Int) throws {
+      self.owner = owner
+      let bytes = GuestCard.memoryBytes(size: Self.size)
+      unsafe memory = .allocate(byteCount: bytes, alignment: 4_096)
+      let kick = try Waker.make()
+      self.kick = kick
+      unsafe memset(memory, 0, bytes)
+      unsafe card = GuestCard(memory, size: Self.size, guestAddress: Self.address)
+      card.piecesMax = owner
+      card.offerReceiveBuffers()
+    }
+
+    /// Makes its rings.
+    /// - Parameters:
+    ///   - sender: wakes the worker before whose turns it sends: only then it notices that it may send more.
+    ///   - receiver: the same of the worker before whose turns it takes what came.
+    func connect(sender: Int32, receiver: Int32) throws {
+      let bytes = GuestCard.memoryBytes(size: Self.size)
+      let table = try GuestMemory([
+        unsafe GuestMemory.Region(
+          guestAddress: Self.address, userAddress: Self.address, bytes: UInt64(bytes), mapping: memory)
+      ])
+      let card = card
+      func ring(_ ring: GuestCard.Ring, _ frames: GuestRing.Frames?, call: Int32) -> GuestRing {
+        unsafe GuestRing(
+          VirtqueueAreas(
+            size: Self.size, descriptor: card.pointer(ring.descriptors), driver: card.pointer(ring.available),
+            device: card.pointer(ring.used)), features: [], base: 0, mergesBuffers: true, frames: frames,
+          memory: table, kick: kick, call: call)
+      }
+      transmits = ring(card.send, GuestRing.Frames(frames, owner: owner), call: sender)
+      receives = ring(card.receive, nil, call: receiver)
+    }
+
+    deinit { unsafe memory.deallocate() }
   }
 
   private final class Problems: Sendable {

@@ -72,6 +72,7 @@ public struct Configuration: Equatable, Sendable {
     public var device: String
     /// The path of a vhost-user port's socket; of no meaning for others.
     public var socket: String
+    public var socketMode: SocketMode
     /// The name of the domain that it belongs to; nil: it is an end of exactly one passthrough.
     public var domain: String?
     /// How many queues the device has, each read by one worker.
@@ -176,6 +177,14 @@ public struct Configuration: Equatable, Sendable {
     case tap
     case packet
     case vhostUser = "vhost-user"
+  }
+
+  /// Which side a vhost-user port's socket is.
+  public enum SocketMode: String, CaseIterable, Sendable {
+    /// The VMM connects to a socket that is made here.
+    case server
+    /// The VMM makes the socket, and is connected to, again and again.
+    case client
   }
 
   public enum Encapsulation: String, CaseIterable, Sendable {

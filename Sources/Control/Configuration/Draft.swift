@@ -41,6 +41,7 @@ struct Draft {
     checkNames()
     checkDevices()
     checkSockets()
+    checkQueuePairs()
     checkPassthroughs()
     checkDomains()
     let macs = makeMACs()
@@ -97,8 +98,9 @@ extension Draft {
     for fields in ports where !fields.isInvalid("socket") {
       let place = fields.place(of: "socket")
       guard fields.string("kind") == "vhost-user" else {
-        if !fields.isAbsent("socket") {
-          reader.report(place, "only a vhost-user port has a socket", "leave it out, or set kind = \"vhost-user\"")
+        for key in ["socket", "socket_mode"] where !fields.isAbsent(key) {
+          reader.report(
+            fields.place(of: key), "only a vhost-user port has a socket", "leave it out, or set kind = \"vhost-user\"")
         }
         continue
       }
@@ -112,6 +114,20 @@ extension Draft {
       } else {
         owners[path] = place.keyPath
       }
+    }
+  }
+
+  /// Workers know as many rings that guests transmit by as there are owners of foreign memory.
+  private mutating func checkQueuePairs() {
+    var pairs = 0
+    for fields in ports where fields.string("kind") == Configuration.PortKind.vhostUser.rawValue {
+      let before = pairs
+      pairs += fields.integer("queues") ?? 1
+      guard before <= FrameMemory.foreignOwnersMax, pairs > FrameMemory.foreignOwnersMax else { continue }
+      reader.report(
+        fields.place(of: fields.isAbsent("queues") ? "kind" : "queues"),
+        "the vhost-user ports up to this one have \(pairs) queues",
+        "use at most \(FrameMemory.foreignOwnersMax) in all")
     }
   }
 
@@ -490,6 +506,7 @@ extension Draft {
         return Configuration.Port(
           name: name, kind: fields.word("kind"), device: fields.string("device") ?? name,
           socket: fields.string("socket") ?? Schema.socketPath(port: name),
+          socketMode: fields.string("socket_mode").flatMap(Configuration.SocketMode.init(rawValue:)) ?? .server,
           domain: domain(of: fields), queues: fields.known("queues", Fields.integer),
           mtuBytes: fields.integer("mtu"), offloads: fields.known("offloads", Fields.boolean), mac: mac)
       },

@@ -91,9 +91,12 @@ extension Draft {
           "take that CPU out of \(role), or give \(before) a CPU without \(role)")
       }
     }
+    checkGuests(cpus, at: place)
     if let dispatch = choice("dispatch", Configuration.Dispatch.self) {
       // The queues decide how many workers a fused layout has, which is never a reason to warn.
-      let choice = WorkerSet.choose(layout: layout, cpus: cpus, dispatch: dispatch, queuesMax: 1, allowed: allowed)
+      let choice = WorkerSet.choose(
+        layout: layout, cpus: cpus, dispatch: dispatch, queuesMax: 1, servesGuests: servesGuests,
+        allowed: allowed)
       // What was written: the CPUs, or the layout that wants more of them than there are.
       let cause = cpus == .auto ? tuning.place(of: "layout") : place
       for warning in choice.warnings {
@@ -101,6 +104,25 @@ extension Draft {
       }
     }
     return cpus
+  }
+
+  /// Whether there is a vhost-user port.
+  private var servesGuests: Bool { ports.contains { $0.string("kind") == Configuration.PortKind.vhostUser.rawValue } }
+
+  /// A ring in a guest's memory has one producer, so what a guest receives by is one worker's.
+  private mutating func checkGuests(_ cpus: Configuration.CPUs, at place: Place) {
+    guard servesGuests else { return }
+    let what = "a vhost-user port is sent to by one worker, and here"
+    switch cpus {
+    case .list(let list) where list.count > 1:
+      reader.report(
+        place, "\(what) \(list.count) would send",
+        "use one CPU, such as \"\(list[0])\", or one that sends, such as "
+          + "\"rx=\(list[0]) route=\(list[0]) tx=\(list[1])\"")
+    case .stages(_, _, let transmit) where transmit.count > 1:
+      reader.report(place, "\(what) \(transmit.count) would send", "use one CPU for tx, such as tx=\(transmit[0])")
+    default: break
+    }
   }
 
   /// A form by stage of a plain list: the stages share its CPUs where there are too few.

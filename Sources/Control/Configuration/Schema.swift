@@ -215,14 +215,18 @@ public enum Schema {
       .port, "kind", .choice(words(Configuration.PortKind.self)), default: .value(.string("tap")),
       "What the port is. `tap`: a TAP device, made at start and removed at the end unless it was there before. "
         + "`packet`: a network device that is there already (a NIC, a veth's end, a VMM's TAP), by AF_PACKET. "
-        + "`vhost-user`: a virtual machine's network card, by a socket that its VMM connects to."),
+        + "`vhost-user`: a virtual machine's network card, by a socket that is shared with its VMM."),
     KeyDefinition(
       .port, "device", .string("device name"), default: .derived("the port's name"),
       "The network device's name: 1 to \(deviceNameBytesMax) bytes."),
     KeyDefinition(
       .port, "socket", .string("absolute path"), default: .derived("`/run/vnetr/NAME.sock`, NAME the port's"),
-      "The socket of a vhost-user port, which is made at start and removed at the end; its folder must be there unless "
-        + "it is `\(socketFolder)`."),
+      "The socket of a vhost-user port, by which its VMM is talked to; with `socket_mode = \"server\"` its folder must "
+        + "be there unless it is `\(socketFolder)`."),
+    KeyDefinition(
+      .port, "socket_mode", .choice(words(Configuration.SocketMode.self)), default: .derived("`server`"),
+      "Who makes a vhost-user port's socket. `server`: it is made at start, removed at the end, and the VMM connects "
+        + "to it. `client`: the VMM makes it (QEMU with `server=on`), and is connected to, again whenever it is gone."),
     KeyDefinition(
       .port, "domain", .string("name of a domain"),
       default: .derived("the only domain, where there is just one and the port is no end of a passthrough"),

@@ -107,10 +107,12 @@ extension WorkerSet {
   /// CPUs are chosen from the last of the allowed ones: the kernel's housekeeping is on the first.
   /// - Parameters:
   ///   - queuesMax: the queues of the port with the most of them.
+  ///   - servesGuests: whether there is a vhost-user port: the rings that guests receive by have one worker, which
+  ///     sends.
   ///   - allowed: the CPUs that this process may use, ascending; where none is known, the first.
   static func choose(
     layout: Configuration.Layout, cpus: Configuration.CPUs, dispatch: Configuration.Dispatch, queuesMax: Int,
-    allowed: [Int]
+    servesGuests: Bool, allowed: [Int]
   ) -> Choice {
     let allowed = allowed.isEmpty ? [0] : allowed
     switch cpus {
@@ -125,11 +127,19 @@ extension WorkerSet {
       let (chosen, why) =
         layout == .auto ? chooseLayout(dispatch, allowedCount: allowed.count) : (layout, "as asked")
       return chosen == .pipeline
-        ? choosePipeline(why, allowed) : chooseFused(why, queuesMax: queuesMax, allowed)
+        ? choosePipeline(why, allowed)
+        : chooseFused(why, queuesMax: queuesMax, servesGuests: servesGuests, allowed)
     }
   }
 
-  private static func chooseFused(_ why: String, queuesMax: Int, _ allowed: [Int]) -> Choice {
+  private static func chooseFused(
+    _ why: String, queuesMax: Int, servesGuests: Bool, _ allowed: [Int]
+  ) -> Choice {
+    if servesGuests, queuesMax > 1 {
+      return Choice(
+        workers: WorkerSet(fusedOn: [allowed[allowed.count - 1]]),
+        why: "\(why); one worker: vhost-user ports are sent to by one")
+    }
     let count = max(1, min(queuesMax, allowed.count))
     let number = count == 1 ? "one worker: no port has several queues" : "one worker for each of \(count) queues"
     return Choice(

@@ -48,9 +48,10 @@ struct CounterReport {
       for (counter, frames) in row.drops { drops.append([label(row), counter.definition.name, String(frames)]) }
     }
     if !drops.isEmpty { text += "\ndrops\n" + Self.align(drops) + "\n" }
-    for scope in [Counter.Scope.domain, .worker] {
+    for scope in [Counter.Scope.port, .domain, .worker] {
       let shown = Counter.allCases.filter {
-        $0.definition.scopes.contains(scope) && !$0.isDrop && !$0.definition.scopes.contains(.port)
+        let scopes = $0.definition.scopes
+        return !$0.isDrop && (scope == .port ? scopes == [.port] : scopes.contains(scope) && !scopes.contains(.port))
       }
       for row in rows where row.scope == scope {
         let pairs = shown.filter { row.value($0) > 0 }.map { "\($0.definition.name)=\(row.value($0))" }

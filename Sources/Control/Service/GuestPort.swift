@@ -3,7 +3,8 @@ import Glibc
 import Logging
 
 /// A `vhost-user` port at control: the socket that a frontend talks by, and each ring of its guest on its way to the
-/// worker that polls it and back.
+/// worker that polls it and back. The rings that the guest transmits by are spread over the workers that receive; those
+/// that it receives by have the one that sends.
 ///
 /// The way of a ring: the frontend starts it (`parameters`), the worker gets it (`running`), it is taken back
 /// (`leaving`) and, when the worker told so, handed over anew or given up. Whatever changes while a ring runs, memory,
@@ -17,6 +18,11 @@ final class GuestPort {
     var sourceFirst: Int
     /// One for each pair.
     var laneFirst: Int
+    /// By pair: what the frames that the guest transmits lie in, and who takes them.
+    var frames: [GuestRing.Frames]
+    var receivers: [WorkerThread]
+    /// Who sends to the guest.
+    var transmitter: WorkerThread
   }
 
   /// What the port is to those who send to it, which changes with its guest.
@@ -33,6 +39,7 @@ final class GuestPort {
     var memory: VhostUserMemory
     var kick: OwnedDescriptor?
     var call: OwnedDescriptor?
+    var error: OwnedDescriptor?
     var isEnabled: Bool
     var base: UInt32
     /// Where the guest sees the used ring, while its writes are logged.
@@ -46,6 +53,7 @@ final class GuestPort {
     let dirtyLog: VhostUserLog?
     let kick: OwnedDescriptor?
     let call: OwnedDescriptor?
+    let inflight: VhostUserInflight?
     /// Answers of the worker that are still to come, once it was asked to let go.
     var answersLeft = 0
   }
@@ -65,7 +73,6 @@ final class GuestPort {
   let name: String
   let socket: VhostUserSocket
   private let place: Place
-  private let worker: WorkerThread
   private let log: Logger
   /// Tells all workers what the port is from now on.
   private let announce: (Abilities) -> Void
@@ -79,14 +86,17 @@ final class GuestPort {
   private var movedHere: MACAddress?
   /// Of changes that are not yet in force.
   private var version: UInt64?
+  /// What happened so far, for the table of counters.
+  private(set) var counts: [Counter: UInt64] = [.guestConnections: 0, .ringFaults: 0, .memoryFaults: 0]
+  /// Why a client has no connection, as it was logged last.
+  private var problemTold: String?
 
   init(
-    _ port: Configuration.Port, mtuBytes: Int, place: Place, worker: WorkerThread, log: Logger,
+    _ port: Configuration.Port, mtuBytes: Int, place: Place, log: Logger,
     announce: @escaping (Abilities) -> Void
   ) throws(PortError) {
     name = port.name
     self.place = place
-    self.worker = worker
     self.log = log
     self.announce = announce
     queues = [Queue](repeating: Queue(), count: 2 * port.queues)
@@ -95,17 +105,28 @@ final class GuestPort {
     // What is wrong with it, the socket tells.
     if port.socket.hasPrefix(Schema.socketFolder + "/") { _ = unsafe mkdir(Schema.socketFolder, 0o755) }
     socket = try VhostUserSocket(
-      .server, path: port.socket,
+      port.socketMode == .server ? .server : .client, path: port.socket,
       settings: VhostUserSession.Settings(
         queuePairsMax: port.queues, features: features,
         protocolFeatures: [
           .multiQueue, .replyAcknowledge, .mtu, .configureMemorySlots, .status, .resetDevice, .logInSharedMemory, .rarp,
+          .inflightInSharedMemory,
         ],
         mtuBytesMax: mtuBytes))
   }
 
   /// Does what can be done now.
-  func ready() { carryOut(socket.ready(nowNanoseconds: MonotonicClock.now())) }
+  func ready() {
+    let hadFault = socket.hasMemoryFault
+    carryOut(socket.ready(nowNanoseconds: MonotonicClock.now()))
+    if hadFault { counts[.memoryFaults, default: 0] += 1 }
+    guard socket.problem != problemTold else { return }
+    problemTold = socket.problem
+    if let problemTold {
+      log.warning(
+        "a guest's VMM is not there, will be retried", metadata: ["port": "\(name)", "why": "\(problemTold)"])
+    }
+  }
 
   /// Whether a report is about this port; then it is dealt with.
   func takes(_ report: Report) -> Bool {
@@ -144,6 +165,9 @@ final class GuestPort {
   private func source(ofQueue number: Int) -> Int { place.sourceFirst + (number ^ 1) }
   private func lane(ofQueue number: Int) -> Int { place.laneFirst + number / 2 }
   private func isFromGuest(_ number: Int) -> Bool { number % 2 == 1 }
+  private func worker(ofQueue number: Int) -> WorkerThread {
+    isFromGuest(number) ? place.receivers[number / 2] : place.transmitter
+  }
 
   private func carryOut(_ effects: [VhostUserEffect]) {
     var effects = effects[...]
@@ -154,18 +178,23 @@ final class GuestPort {
 
   private func carryOut(_ effect: VhostUserEffect) -> [VhostUserEffect] {
     switch effect {
-    case .connected: log.info("a guest is connected", metadata: ["port": "\(name)", "socket": "\(socket.path)"])
+    case .connected:
+      counts[.guestConnections, default: 0] += 1
+      log.info("a guest is connected", metadata: ["port": "\(name)", "socket": "\(socket.path)"])
     case .disconnected:
       dirtyLog = nil
       movedHere = nil
       log.info("the guest is gone", metadata: ["port": "\(name)"])
-    case .refused(let why), .broken(let why):
+    case .refused(let why):
       log.warning("what the guest's VMM asked for was refused", metadata: ["port": "\(name)", "why": "\(why)"])
+    case .broken(let why):
+      log.warning("the connection with a guest's VMM is closed", metadata: ["port": "\(name)", "why": "\(why)"])
     case .startQueue(let start):
       guard start.number < queues.count else { return [] }
       queues[start.number].parameters = Parameters(
         start: start, rings: start.rings, memory: start.memory, kick: start.kick, call: start.call,
-        isEnabled: start.isEnabled, base: start.base.rawValue(start.kind), usedLogAddress: start.usedLogAddress)
+        error: start.error, isEnabled: start.isEnabled, base: start.base.rawValue(start.kind),
+        usedLogAddress: start.usedLogAddress)
       return settle(start.number)
     case .stopQueue(let number):
       queues[number].isStopping = true
@@ -193,12 +222,14 @@ final class GuestPort {
       return change(version, of: isLogged ? nil : queues.count) { _, _ in }
     case .usedLogChanged(let queue, let address, let version):
       return change(version, of: queue) { $1.usedLogAddress = address }
-    case .errorChanged(_, _, let version): return change(version, of: queues.count) { _, _ in }
+    case .errorChanged(let queue, let error, let version):
+      queues[queue].parameters?.error = error
+      return change(version, of: queues.count) { _, _ in }
     case .sendRARP(let guest):
       // QEMU asks several times, in case a frame gets lost.
       if movedHere != guest { log.info("a guest has moved here", metadata: ["port": "\(name)", "mac": "\(guest)"]) }
       movedHere = guest
-      worker.send(.announce(guest, interface: place.interface, domain: place.domain))
+      place.receivers[0].send(.announce(guest, interface: place.interface, domain: place.domain))
     case .mtuChanged, .reset: break
     }
     return []
@@ -246,11 +277,14 @@ final class GuestPort {
       return refuse(number, "its driver is from before virtio 1.0 and merges no receive buffers")
     }
     guard let ring = makeRing(parameters, number) else {
-      return refuse(number, "its rings do not lie in the memory that the VMM shares")
+      return refuse(
+        number, "its rings do not lie in the memory that the VMM shares, or its in-flight memory is not aligned")
     }
     queues[number].isStale = false
     queues[number].lent = Lent(
-      ring: ring, memory: parameters.memory, dirtyLog: dirtyLog, kick: parameters.kick, call: parameters.call)
+      ring: ring, memory: parameters.memory, dirtyLog: dirtyLog, kick: parameters.kick, call: parameters.call,
+      inflight: parameters.start.inflight?.memory)
+    let worker = worker(ofQueue: number)
     if isFromGuest(number) {
       worker.send(
         .openGuestSource(
@@ -275,7 +309,11 @@ final class GuestPort {
     lent.answersLeft = 1
     queues[number].lent = lent
     announceAbilities()
+    let worker = worker(ofQueue: number)
     if isFromGuest(number) {
+      // Its frames may wait for a guest that takes nothing: this one is not to wait for that.
+      place.frames[number / 2].memory.endWaiting()
+      place.transmitter.send(.dropWaiting(isSecondOver: false))
       worker.send(.closeSource(source(ofQueue: number)), wakes: false)
     } else {
       worker.send(.closeLane(lane(ofQueue: number)), wakes: false)
@@ -300,15 +338,24 @@ final class GuestPort {
     carryOut(adoptIfAll())
   }
 
-  /// The worker let go by itself: the guest broke the rules of the ring. It stays stopped until the frontend starts it
-  /// again.
+  /// The guest broke the rules of the ring. It stays stopped until the frontend starts it again.
   private func failed(_ number: Int, _ error: Int32) {
     guard let lent = queues[number].lent else { return }
+    counts[.ringFaults, default: 0] += 1
     log.warning(
       "a guest's ring makes no sense and is not served any more",
       metadata: ["port": "\(name)", "queue": "\(number)", "why": "\(SystemError.text(error))"])
-    queues[number].parameters?.base = lent.ring.base
     queues[number].parameters?.isEnabled = false
+    queues[number].parameters?.error?.signal()
+    // It is told once more when the worker answers.
+    if queues[number].isLeaving { return }
+    guard isFromGuest(number) else {
+      // A lane is still to be closed, and so are its kicks.
+      carryOut(settle(number))
+      return
+    }
+    // The worker let go of a source by itself.
+    queues[number].parameters?.base = lent.ring.base
     queues[number].lent = nil
     queues[number].isStale = false
     announceAbilities()
@@ -360,13 +407,15 @@ final class GuestPort {
     }
     let log = isLogged ? dirtyLog.map { unsafe DirtyLog(base: $0.mapping.base, bytes: $0.mapping.byteCount) } : nil
     guard let table = try? GuestMemory(regions, log: log) else { return nil }
+    let inFlight = unsafe start.inflight.map { unsafe $0.memory.mapping.base + $0.part.lowerBound }
+    guard Int(bitPattern: inFlight) % 8 == 0 else { return nil }
     return unsafe GuestRing(
       VirtqueueAreas(size: start.size, descriptor: descriptor, driver: driver, device: device), features: features,
       base: parameters.base, mergesBuffers: start.features.contains(.mergeableReceiveBuffers),
-      isFromGuest: isFromGuest(number), memory: table, kick: parameters.kick?.number ?? -1,
+      frames: isFromGuest(number) ? place.frames[number / 2] : nil, memory: table, kick: parameters.kick?.number ?? -1,
       call: parameters.call?.number ?? -1,
       logAddresses: parameters.usedLogAddress.map {
         VirtqueueLogAddresses(descriptor: parameters.rings.descriptors, device: $0)
-      })
+      }, inFlight: inFlight)
   }
 }

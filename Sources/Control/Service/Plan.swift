@@ -4,9 +4,10 @@ import Datapath
 ///
 /// - Interfaces: the ports in order, then the links.
 /// - Sources, the same at each worker: control's waker, the underlay's socket of each family and encapsulation, then
-///   each queue of each port. Only receivers open any but the first.
+///   each queue of each port. Only receivers open any but the first and the kicks of guests' receive rings.
 /// - Lanes, the same at each worker: one for each port (of a vhost-user port, for each pair of queues), then one for
 ///   each source port of each link. Only transmitters open any.
+/// - Owners of foreign memory, from 1 on: one for each pair of queues of each vhost-user port.
 struct Plan {
   let ports: [Configuration.Port]
   let links: [Configuration.Link]
@@ -42,7 +43,8 @@ struct Plan {
     sourcePorts = configuration.tuning.sourcePorts
     let choice = WorkerSet.choose(
       layout: configuration.tuning.layout, cpus: configuration.tuning.cpus, dispatch: configuration.tuning.dispatch,
-      queuesMax: configuration.ports.map(\.queues).max() ?? 1, allowed: allowed)
+      queuesMax: configuration.ports.map(\.queues).max() ?? 1,
+      servesGuests: configuration.ports.contains { $0.kind == .vhostUser }, allowed: allowed)
     workerSet = choice.workers
     layout = choice.layout
     whyTheseWorkers = choice.why
@@ -130,13 +132,22 @@ struct Plan {
   /// The port of a lane; nil for a link's.
   func port(ofLane lane: Int) -> Int? { lane < portLanes ? firstLane.lastIndex { $0 <= lane } : nil }
 
+  /// The rings that guests transmit by, in the order of their owners.
+  var guestRings: [(port: Int, pair: Int)] {
+    ports.indices.filter { ports[$0].kind == .vhostUser }
+      .flatMap { port in (0..<ports[port].queues).map { (port, $0) } }
+  }
+  /// The owner of the frames of a vhost-user port's first pair of queues; those of the others follow.
+  func firstOwner(port: Int) -> Int { 1 + guestRings.firstIndex { $0.port == port }! }
+
   var interfaceCount: Int { ports.count + links.count }
   var sourceCount: Int { sourcesUsed }
   var laneCount: Int { portLanes + links.count * sourcePorts }
 
   // MARK: Who does what
 
-  /// The worker that reads a queue: queues go round the receivers, and ports start at different ones.
+  /// The worker that reads a queue, or takes what a guest transmits by a pair of queues: queues go round the receivers,
+  /// and ports start at different ones.
   func reader(port: Int, queue: Int) -> Int { receivers[(port + queue) % receivers.count] }
 
   /// The queue that a transmitter writes a port's frames to: one that it reads where there is one, because the kernel

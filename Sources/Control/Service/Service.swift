@@ -58,6 +58,10 @@ public final class Service {
   private var ports: [PortState] = []
   private var links: [LinkState] = []
   private var guests: [GuestPort] = []
+  /// By owner, from 1 on: what the frames of a guest's ring lie in, which workers may use as long as they run.
+  private var guestFrames: [ForeignMemory] = []
+  /// Readable when memory that a guest shares was cut; where there are guests.
+  private var faults: Int32?
   /// The longest payload that each link carries now.
   private var linkMTUBytesMax: [Int]
   /// What the kernel had counted before this service started.
@@ -311,8 +315,12 @@ public final class Service {
     joining.hugePages = tuning.hugePages != .off
     joining.ringFrames = tuning.ringDepthFrames
     joining.batchFrames = tuning.ringBatchFrames
+    guestFrames = plan.guestRings.map { _ in ForeignMemory(bufferCount: GuestRing.framesMax) }
+    let shares = zip(plan.guestRings, guestFrames).map { ring, frames in
+      FrameMemory.ForeignShare(frames, bringer: plan.reader(port: ring.port, queue: ring.pair))
+    }
     var wiring = try Wiring(
-      roles: plan.workers.map(\.roles), wakers: workers.map(\.waker), settings: joining)
+      roles: plan.workers.map(\.roles), wakers: workers.map(\.waker), settings: joining, shares: shares)
     for (number, worker) in workers.enumerated() {
       if tuning.hugePages == .on && plan.receivers.contains(number) && !wiring.hasHugePages(number) {
         throw SystemError(ENOMEM, doing: "map the frame arena in huge pages")
@@ -328,20 +336,22 @@ public final class Service {
 
   /// Makes the sockets of vhost-user ports: what connects there finds workers that run.
   private func openGuests() throws {
+    // Asked for before any memory is shared: from then on a cut file ends its port, and not this process.
+    if !plan.guestRings.isEmpty { faults = try MappingFaults.event().number }
     for port in plan.ports.indices where plan.ports[port].kind == .vhostUser {
-      guard workers.count == 1 else {
-        throw PortError(
-          doing: "serve the vhost-user port \(plan.ports[port].name)", number: ENOTSUP,
-          reason: "its rings have one worker, and there are \(workers.count)",
-          remedy: "set tuning.layout = \"fused\" and tuning.cpus to one CPU")
-      }
+      precondition(plan.transmitters.count == 1, "a configuration with guests has one worker that sends")
+      let firstOwner = plan.firstOwner(port: port)
       let place = GuestPort.Place(
         interface: plan.interface(port: port), domain: plan.domain(ofPort: port),
-        sourceFirst: plan.source(port: port, queue: 0), laneFirst: plan.lane(port: port))
+        sourceFirst: plan.source(port: port, queue: 0), laneFirst: plan.lane(port: port),
+        frames: (0..<plan.ports[port].queues).map { pair in
+          GuestRing.Frames(guestFrames[firstOwner + pair - 1], owner: firstOwner + pair)
+        },
+        receivers: (0..<plan.ports[port].queues).map { workers[plan.reader(port: port, queue: $0)] },
+        transmitter: workers[plan.transmitters[0]])
       guests.append(
-        try GuestPort(
-          plan.ports[port], mtuBytes: ports[port].mtuBytes, place: place, worker: workers[0], log: log
-        ) { [unowned self] abilities in
+        try GuestPort(plan.ports[port], mtuBytes: ports[port].mtuBytes, place: place, log: log) {
+          [unowned self] abilities in
           ports[port].guest = abilities
           for worker in workers {
             worker.send(
@@ -352,7 +362,8 @@ public final class Service {
         "port",
         metadata: [
           "name": "\(plan.ports[port].name)", "kind": "\(plan.ports[port].kind.rawValue)",
-          "socket": "\(plan.ports[port].socket)", "mtu": "\(ports[port].mtuBytes)",
+          "socket": "\(plan.ports[port].socket)", "socket_mode": "\(plan.ports[port].socketMode)",
+          "mtu": "\(ports[port].mtuBytes)",
         ])
     }
   }
@@ -493,7 +504,8 @@ public final class Service {
     let tickNanoseconds = min(1_000_000_000, UInt64(notify.watchdogMicroseconds ?? 2_000_000) * 500)
     var nextTick = MonotonicClock.now() + tickNanoseconds
     while true {
-      let left = Int(nextTick &- min(nextTick, MonotonicClock.now())) / 1_000_000 + 1
+      let next = guests.compactMap(\.socket.retryAtNanoseconds).min().map { min($0, nextTick) } ?? nextTick
+      let left = Int(next &- min(next, MonotonicClock.now())) / 1_000_000 + 1
       waitForSomething(milliseconds: Int32(clamping: left))
       while let signal = signals.next() {
         if signal == SIGUSR1 {
@@ -523,7 +535,11 @@ public final class Service {
         watched.append(pollfd(fd: watch.descriptor, events: watch.events, revents: 0))
       }
     }
-    guard unsafe poll(&watched, nfds_t(watched.count), milliseconds) > 0, watched[1].revents != 0 else { return }
+    if let faults { watched.append(pollfd(fd: faults, events: Int16(POLLIN), revents: 0)) }
+    guard unsafe poll(&watched, nfds_t(watched.count), milliseconds) > 0 else { return }
+    // The guests' ports are asked next which of them it was.
+    if faults != nil, watched[watched.count - 1].revents != 0 { MappingFaults.acknowledge() }
+    guard watched[1].revents != 0 else { return }
     var count: UInt64 = 0
     _ = unsafe read(waker, &count, 8)
   }
@@ -551,6 +567,10 @@ public final class Service {
       }
     }
     for link in plan.links.indices { followPathMTU(link) }
+    if guests.contains(where: \.socket.isConnected) {
+      // A ring that does not end at once because its frames wait ends by this.
+      workers[plan.transmitters[0]].send(.dropWaiting(isSecondOver: true))
+    }
     if notify.watchdogMicroseconds != nil { beat() }
   }
 
@@ -749,6 +769,9 @@ public final class Service {
         .port, port.name, interfaceCounters.map { $0[plan.interface(port: number).index] })
       readDrops(number)
       row.values[Counter.receiveBufferDrops.rawValue] = UInt64(ports[number].receiveBufferDrops)
+      for (counter, value) in guests.first(where: { $0.name == port.name })?.counts ?? [:] {
+        row.values[counter.rawValue] = value
+      }
       rows.append(row)
     }
     for (number, link) in plan.links.enumerated() {

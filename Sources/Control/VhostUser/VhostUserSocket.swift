@@ -63,6 +63,9 @@ public final class VhostUserSocket {
 
   public var isConnected: Bool { socketNumber != nil }
 
+  /// Whether the next ``ready(nowNanoseconds:)`` closes the connection because shared memory was cut.
+  public var hasMemoryFault: Bool { isConnected && backend?.memoryFault != nil }
+
   /// Does what can be done now.
   /// - Parameter nowNanoseconds: by `MonotonicClock`.
   public func ready(nowNanoseconds: UInt64) -> [VhostUserEffect] {

@@ -8,7 +8,7 @@
 /// One place on a ring: a frame, or what more is to be told of the one before. Whole words, so that neither side waits
 /// for a store that it reads back by another width.
 struct Crossing: BitwiseCopyable {
-  /// Of a frame, from bit 0 on: slot 16, owner 16, length 32.
+  /// Of a frame, from bit 0 on: slot 16, owner 16, length 24, segments 8.
   let first: UInt64
   /// Of a frame: offset 16, ingress 16, domain 16, ToS 8, flags 8.
   let second: UInt64
@@ -43,17 +43,19 @@ struct Crossing: BitwiseCopyable {
     self.second = second
   }
 
-  /// Whether a frame fits: a single one, in one piece, with nothing left to do.
+  /// Whether a frame fits: a single one, with nothing left to do.
   @inline(__always)
   fileprivate static func takes(_ descriptor: Descriptor, _ buffer: BufferReference) -> Bool {
-    descriptor.wireFrames == 1 && descriptor.trainSegmentBytes == 0 && descriptor.segments == 1
-      && descriptor.offload.isPlain && buffer.index | descriptor.offset <= 0xFFFF
+    descriptor.wireFrames == 1 && descriptor.trainSegmentBytes == 0 && descriptor.segments <= 0xFF
+      && descriptor.offload.isPlain && buffer.index | descriptor.offset <= 0xFFFF && descriptor.length <= 0xFF_FFFF
   }
 
   /// A frame that fits.
   @inline(__always)
   init(_ descriptor: Descriptor, _ buffer: BufferReference) {
-    first = UInt64(buffer.index) | UInt64(buffer.owner) << 16 | UInt64(descriptor.length) << 32
+    first =
+      UInt64(buffer.index) | UInt64(buffer.owner) << 16 | UInt64(descriptor.length) << 32
+      | UInt64(descriptor.segments) << 56
     second =
       UInt64(descriptor.offset) | UInt64(descriptor.ingress.rawValue) << 16
       | UInt64(descriptor.domain.rawValue) << 32 | UInt64(descriptor.typeOfService) << 48
@@ -67,7 +69,7 @@ struct Crossing: BitwiseCopyable {
   @inline(__always)
   fileprivate func descriptor(_ buffer: BufferReference) -> Descriptor {
     var descriptor = Descriptor(
-      buffer: buffer, offset: Int(second & 0xFFFF), length: Int(first >> 32),
+      buffer: buffer, offset: Int(second & 0xFFFF), length: Int(first >> 32 & 0xFF_FFFF), segments: Int(first >> 56),
       ingress: InterfaceIndex(rawValue: UInt16(truncatingIfNeeded: second >> 16)))
     descriptor.domain = DomainIndex(rawValue: UInt16(truncatingIfNeeded: second >> 32))
     descriptor.typeOfService = UInt8(truncatingIfNeeded: second >> 48)

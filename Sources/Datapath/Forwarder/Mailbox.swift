@@ -12,6 +12,9 @@ public enum Command: BitwiseCopyable, Sendable {
   case openGuestSource(Int, interface: InterfaceIndex, domain: DomainIndex, GuestRing.Reference)
   /// Sends into a guest's ring, which control keeps until `.laneClosed`.
   case openGuestLane(Int, interface: InterfaceIndex, GuestRing.Reference)
+  /// Drops what waits at full lanes and may not any more: of a guest's ring that is taken back; and, as this comes once
+  /// a second, where a lane is stuck.
+  case dropWaiting(isSecondOver: Bool)
   /// Answered by `.sourceClosed`: from then on control may close the descriptor.
   case closeSource(Int)
   case openLane(Int, LaneKind, interface: InterfaceIndex, descriptor: Int32)

@@ -23,6 +23,8 @@ struct TransmitStage: ~Copyable {
   private var lastFlushSecond: UInt32 = 0
   /// Whether the frame at hand goes to several places.
   private var isFlooding = false
+  /// How many more of control's looks there are until nothing is left of a guest's ring that was taken back.
+  private var looksForLeaving: UInt8 = 0
   /// Of each lane that is opened.
   private let trainFramesMax: UInt32
 
@@ -44,6 +46,10 @@ struct TransmitStage: ~Copyable {
     /// `refusedSecond` on.
     var trainSegmentBytesMax = UInt32.max
     var refusedSecond: UInt32 = 0
+    /// How often control had it looked at since it was full.
+    var looks: UInt8 = 0
+    /// Whether it was full for a second at least.
+    var isStuck: Bool { looks > 1 }
   }
   enum State: UInt8, BitwiseCopyable {
     case closed
@@ -268,7 +274,9 @@ struct TransmitStage: ~Copyable {
         switch lanes[index].state {
         // A full socket may keep frames back only while receives have slots left.
         case .open where !mayTakeOperations, .blocked where !mayTakeOperations: reason = .dropNoSendOperation
-        case .blocked where !canHoldBack || !mayWait(index): reason = .dropQueueFull
+        case .blocked
+        where !canHoldBack || !mayWait(index) || !memory.mayWait(descriptor.buffer, forStuckLane: lanes[index].isStuck):
+          reason = .dropQueueFull
         case .open, .blocked:
           if lanes[index].count < UInt32(Self.laneFramesMax) { return index }
           reason = .dropQueueFull
@@ -506,6 +514,8 @@ struct TransmitStage: ~Copyable {
       guard lanes[index].state == .open else { return nil }
       counters.worker.add(.laneBlocks)
       lanes[index].state = .blocked
+      lanes[index].looks = 0
+      if looksForLeaving > 0 { dropWaiting(at: index, &memory, counters) }
       io.awaitWritable(index)
       return nil
     case EINTR:
@@ -517,7 +527,10 @@ struct TransmitStage: ~Copyable {
       return nil
     default: break
     }
-    let isDeviceGone = !lanes[index].kind.isDatagram && (error == EBADFD || error == ENODEV || error == EBADF)
+    // A guest whose ring makes no sense is as gone as a device.
+    let isDeviceGone =
+      !lanes[index].kind.isDatagram
+      && (error == EBADFD || error == ENODEV || error == EBADF || error == EPROTO && lanes[index].kind == .guest)
     let reason: Counter =
       switch error {
       case ECONNREFUSED: .dropRefused
@@ -542,6 +555,32 @@ struct TransmitStage: ~Copyable {
     return .laneFailed(index, error: error)
   }
 
+  /// Drops what waits at full lanes and may not: frames of a guest's ring that is taken back, and all but a part of a
+  /// ring's where the lane is stuck.
+  /// - Parameter isSecondOver: whether this is control's look of once a second, by which lanes become stuck; else a
+  ///   ring is taken back.
+  mutating func dropWaiting(isSecondOver: Bool, _ memory: inout FrameMemory, _ counters: borrowing CounterTable) {
+    // What of that ring is still on its way here is looked for until the second look from now.
+    looksForLeaving = isSecondOver ? looksForLeaving - min(1, looksForLeaving) : 2
+    for index in 0..<lanes.count where lanes[index].state == .blocked {
+      if isSecondOver, !lanes[index].isStuck { lanes[index].looks += 1 }
+      dropWaiting(at: index, &memory, counters)
+    }
+  }
+
+  private mutating func dropWaiting(
+    at index: Int, _ memory: inout FrameMemory, _ counters: borrowing CounterTable
+  ) {
+    for _ in 0..<lanes[index].count {
+      let buffer = pool[Int(lanes[index].head)].descriptor.buffer
+      if memory.mayWait(buffer, forStuckLane: lanes[index].isStuck) {
+        append(pop(index), to: index)
+      } else {
+        dropHead(index, .dropQueueFull, &memory, counters)
+      }
+    }
+  }
+
   /// Errors that a connected UDP socket passes on from an ICMP message about an earlier datagram (`icmp_err_convert` of
   /// the kernel's net/ipv4/icmp.c).
   private static func mayBeStale(_ error: Int32) -> Bool {
@@ -556,6 +595,7 @@ struct TransmitStage: ~Copyable {
     let index = Int(event.index)
     guard lanes[index].state == .blocked else { return }
     lanes[index].state = .open
+    lanes[index].looks = 0
     if lanes[index].count > 0 { markDirty(index) }
   }
 

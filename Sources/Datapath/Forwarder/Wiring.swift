@@ -5,7 +5,8 @@
 //    once a turn: then the neighbour sees the batch. What does not fit on a full ring is dropped and counted: the ring
 //    is at least as deep as there are slots, unless it was set smaller, so all but trains of many flows each fits.
 // 2. The neighbour's `Inlets` take batches off the rings, each ring in turn.
-// 3. When the last send of a slot is done, it goes back to the worker that received into it, by a ring of slot numbers.
+// 3. When the last send of a slot is done, it goes back to the worker that received into it, by a ring of slot numbers;
+//    a frame in a guest's memory likewise to the worker that took it from the guest.
 // Each push looks at the neighbour's bell.
 
 /// The rings, bells and arenas of the workers of one service, made by control before any of them starts.
@@ -32,16 +33,22 @@ public struct Wiring: ~Copyable {
   public let roles: [Roles]
   private let settings: Settings
   private let arenas: [FrameArena]
+  private let shares: [FrameMemory.ForeignShare]
   private var joints: OwnedArray<Joints?>
 
   /// - Parameters:
   ///   - roles: by worker.
   ///   - wakers: by worker the eventfd that wakes it.
+  ///   - shares: foreign memories whose frames the workers forward, known to all of them under the number that follows
+  ///     from their place here: the first is 1. Control keeps them alive.
   /// - Throws: `ENOMEM` where the address space is used up.
-  public init(roles: [Roles], wakers: [Int32], settings: Settings) throws(SystemError) {
+  public init(
+    roles: [Roles], wakers: [Int32], settings: Settings, shares: [FrameMemory.ForeignShare] = []
+  ) throws(SystemError) {
     precondition(roles.count == wakers.count)
     self.roles = roles
     self.settings = settings
+    self.shares = shares
     var arenas: [FrameArena] = []
     for roles in roles {
       // A worker that does not receive posts no slot.
@@ -74,7 +81,8 @@ public struct Wiring: ~Copyable {
     }
     for receiver in roles.indices where roles[receiver].contains(.receive) {
       for user in users(of: receiver) where user != receiver {
-        let ring = SPSCRing<UInt32>(capacity: settings.slots)
+        let ring = SPSCRing<UInt32>(
+          capacity: FrameMemory.returnsMax(of: receiver, arenas[receiver], shares))
         joints[user]!.givesBack.append(SlotOutlet(ring, of: receiver, to: bells[receiver]))
         joints[receiver]!.comesBack.append(ring.makeConsumer())
       }
@@ -94,7 +102,9 @@ public struct Wiring: ~Copyable {
     let neighbours = arenas.indices.map { receiver in
       receiver != number && users(of: receiver).contains(number) ? arenas[receiver] : nil
     }
-    return FrameMemory(arena: arenas[number], neighbours: neighbours.contains { $0 != nil } ? neighbours : [])
+    return FrameMemory(
+      arena: arenas[number], number: number, neighbours: neighbours.contains { $0 != nil } ? neighbours : [],
+      shares: shares)
   }
 
   public func hasHugePages(_ number: Int) -> Bool { arenas[number].hasHugePages }
@@ -225,9 +235,9 @@ struct FrameRing<Frame: Crosses> {
   }
 }
 
-/// The way back of a neighbour's slots.
+/// The way back of a neighbour's slots, and of the foreign buffers that it brings.
 struct SlotOutlet: ~Copyable {
-  /// The worker whose slots they are.
+  /// The worker whose they are.
   let receiver: Int
   private var ring: SPSCRing<UInt32>.Producer
   private let bell: Bell
@@ -242,8 +252,8 @@ struct SlotOutlet: ~Copyable {
   mutating func flush(_ memory: inout FrameMemory, _ io: inout some WorkerIO & ~Copyable) -> Bool {
     let count = memory.returnedCount(of: receiver)
     guard count > 0 else { return false }
-    let pushed = ring.push(memory.returnedSlots(of: receiver))
-    precondition(pushed == count, "the ring has not as many places as the receiver has slots")
+    let pushed = ring.push(memory.returnedBuffers(of: receiver))
+    precondition(pushed == count, "the ring has not as many places as may come back")
     memory.forgetReturned(of: receiver)
     return bell.wakeSleeper(&io)
   }
@@ -369,7 +379,7 @@ struct Inlet<Frame: Crosses>: ~Copyable {
   }
 }
 
-/// Slots that neighbours give back.
+/// Slots and foreign buffers that neighbours give back.
 struct SlotInlets: ~Copyable {
   private var rings: OwnedArray<SPSCRing<UInt32>.Consumer>
 
@@ -390,7 +400,7 @@ struct SlotInlets: ~Copyable {
       let count = rings[index].ready(rings[index].capacity)
       guard count > 0 else { continue }
       rings[index].prefetch(count)
-      for _ in 0..<count { memory.comeBack(Int(rings[index].read())) }
+      for _ in 0..<count { memory.comeBack(rings[index].read()) }
       rings[index].free()
     }
   }

@@ -10,8 +10,8 @@ import Glibc
 /// 2. receive: filled slots become descriptors; chains of sends that are over give their slots back.
 /// 3. route: each frame gets its target.
 /// 4. transmit: frames join their lanes; each lane's queue becomes one chain of sends, submitted by the next `collect`.
-/// 5. Slots go back to the neighbours whose they are, free slots are posted again, commands of control carried out, and
-///    the clock decides how the next turn waits.
+/// 5. Commands of control are carried out, slots go back to the neighbours whose they are, free slots are posted again,
+///    and the clock decides how the next turn waits.
 /// Between 2 and 3, and between 3 and 4, frames are handed on to a neighbour, or taken over from one.
 ///
 /// One thread owns it, from the moment it is made there. Control talks to it through its mailbox alone. Nothing is
@@ -50,7 +50,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   private let controlWaker: Int32
   private var state = State.running
   private var drainStart: UInt64 = 0
-  /// Slots that were still posted after the last receive ended, at the end of a drain.
+  /// Slots that were still posted after the last receive ended, at the end of a drain, and what neighbours still have.
   private var slotsNotTakenBack = 0
 
   private enum State {
@@ -159,9 +159,9 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     passOnRouted()
 
     // 5.
+    if isWoken { carryOutCommands() }
     if roles != .all { giveBack() }
     receive.replenish(&io, &memory)
-    if isWoken { carryOutCommands() }
     settle(isIdle: events.count == 0 && received.count == 0 && routedFrames == 0 && passed == 0)
     return state != .stopped
   }
@@ -197,6 +197,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   /// Forwards one frame that a port brought by itself: memory of a guest that is polled, not received from. Its
   /// descriptor names port, domain and a held buffer. To be called between turns.
   public mutating func bring(_ descriptor: Descriptor) {
+    if descriptor.buffer.isForeign { memory.brought(1, of: Int(descriptor.buffer.owner)) }
     counters.countIn(descriptor)
     guard roles.contains(.route) else {
       received.removeAll()
@@ -257,8 +258,10 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     var wait = wait
     // A batch on a ring is no completion: it would be waited for in vain.
     if joints.hasInlets, case .forBatch = wait { wait = .sweep }
-    // Who has no frames to expect from neighbours is woken by them only when it lacks slots.
-    guard roles != .all, wait != .sweep, joints.hasInlets || memory.postedCount < receive.postedMax else {
+    // Who has no frames to expect from neighbours is woken by them only when it lacks slots, or guests wait for theirs.
+    guard roles != .all, wait != .sweep,
+      joints.hasInlets || memory.postedCount < receive.postedMax || memory.foreignHandedOnCount > 0
+    else {
       return io.collect(wait, &memory, into: &events)
     }
     joints.bell.hang()
@@ -432,6 +435,8 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
           break
         }
         transmit.open(lane, .guest, interface: interface, descriptor: -1, &io)
+      case .dropWaiting(let isSecondOver):
+        transmit.dropWaiting(isSecondOver: isSecondOver, &memory, counters)
       case .closeSource(let source):
         if receive.close(source, &io) { report(.sourceClosed(source)) }
       case .openLane(let lane, let kind, let interface, let descriptor):
@@ -453,7 +458,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   private mutating func openGuest(
     _ source: Int, _ interface: InterfaceIndex, _ domain: DomainIndex, _ ring: GuestRing.Reference
   ) {
-    guard io.lend(ring, toSource: source, &memory) else { return report(.sourceFailed(source, error: EINVAL)) }
+    guard io.lend(ring, toSource: source) else { return report(.sourceFailed(source, error: EINVAL)) }
     receive.open(source, .guest, interface: interface, domain: domain, descriptor: ring.kick, &io, &memory)
   }
 
@@ -489,7 +494,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     }
     let isEmpty = receive.openCount == 0 && transmit.inFlight == 0 && !joints.haveFrames()
     // Whoever stops last waits for its slots: the others have stopped.
-    let isDone = isEmpty && (state == .draining || memory.handedOnCount == 0)
+    let isDone = isEmpty && (state == .draining || memory.handedOnCount + memory.foreignHandedOnCount == 0)
     guard isDone || now &- drainStart > Self.drainNanosecondsMax else { return }
     if state == .draining {
       state = .drained
@@ -504,7 +509,8 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     giveBack()
     // With no receive left the kernel has no slot left either: one that does not come back now was lost.
     if receive.openCount == 0 { io.takeBackSlots(&memory) }
-    slotsNotTakenBack = (receive.openCount == 0 ? memory.postedCount : 0) + memory.handedOnCount
+    slotsNotTakenBack =
+      (receive.openCount == 0 ? memory.postedCount : 0) + memory.handedOnCount + memory.foreignHandedOnCount
     report(.audited(audit()))
     state = .stopped
     report(.stopped)

@@ -33,6 +33,9 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
   /// Counted by the kernel, for the whole network namespace.
   case reassemblyFailures
 
+  // Guests of vhost-user ports, counted by control.
+  case guestConnections, ringFaults, memoryFaults
+
   // Learning, by domain.
   case macsLearned, macMoves, macFreezes, macFrozenFrames, macLimitFrames, macsAged
 
@@ -198,6 +201,20 @@ public enum Counter: Int, BitwiseCopyable, CaseIterable, Sendable {
         "reassembly_failures", [.underlay],
         "Datagrams whose fragments never became whole, of all programs in this network namespace since start: not "
           + "among in_frames.", unit: "datagrams")
+
+    case .guestConnections:
+      define(
+        "guest_connections", [.port], "Connections with the VMM of a vhost-user port's guest.", unit: "connections")
+    case .ringFaults:
+      define(
+        "ring_faults", [.port],
+        "Rings of a vhost-user port's guest that broke the rules, and were not served any more until the VMM started "
+          + "them again.", unit: "rings")
+    case .memoryFaults:
+      define(
+        "memory_faults", [.port],
+        "Connections of a vhost-user port that were closed because a memory file of the VMM was cut short.",
+        unit: "connections")
 
     case .macsLearned: define("macs_learned", [.domain], "MAC addresses entered in the table.", unit: "addresses")
     case .macMoves: define("mac_moves", [.domain], "MAC addresses seen at a new place and followed.", unit: "moves")

@@ -200,7 +200,7 @@ public struct OffloadHeader: BitwiseCopyable, Hashable, Sendable {
 }
 
 /// A buffer by its owner and its place there: a slot of the worker's own arena (owner 0) or of a neighbour's, or a
-/// chain of foreign memory. Owner numbers are a worker's own: `FrameMemory.handOn` names a buffer for the next.
+/// chain of foreign memory. Owner numbers of slots are a worker's own: `FrameMemory.handOn` names one for the next.
 ///
 /// One word: where it is written by parts and then copied as a whole, the copy waits for every store before it, those
 /// onto a ring that a neighbour reads included (measured: half of what it cost to hand a frame on).

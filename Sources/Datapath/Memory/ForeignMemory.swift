@@ -1,12 +1,14 @@
 import CLinux
 import Glibc
+import Synchronization
 
 /// Buffers that belong to somebody else: chains in a guest's memory, or a test's. The port that brings them fills in
 /// the segments of a buffer and holds it; when its last send is done the buffer appears among the returned ones and
 /// the port gives it back.
 ///
-/// Owned by control; one worker uses it through a `Reference`. The first segment of a buffer is private memory of
-/// ours: the port copies the frame's headers there once, so that the guest cannot change what was parsed.
+/// Owned by control; workers use it through a `Reference`: one brings buffers and takes the returned ones back; a
+/// buffer on its way belongs to whoever has its descriptor, as a slot does. The first segment of a buffer is private
+/// memory of ours: the port copies the frame's headers there once, so that the guest cannot change what was parsed.
 @safe
 public final class ForeignMemory: @unchecked Sendable {
   /// Segments of one buffer: the header copy and up to 20 pieces of payload, together one less than the 22 vectors that
@@ -19,6 +21,7 @@ public final class ForeignMemory: @unchecked Sendable {
   fileprivate let headers: UnsafeMutableRawPointer
   fileprivate let returned: UnsafeMutablePointer<UInt32>
   fileprivate let returnedCount: UnsafeMutablePointer<Int>
+  fileprivate let underWayMax: Atomic<Int>
   public let bufferCount: Int
 
   @unsafe
@@ -38,6 +41,7 @@ public final class ForeignMemory: @unchecked Sendable {
     unsafe returned.initialize(repeating: 0, count: bufferCount)
     unsafe returnedCount = .allocate(capacity: 1)
     unsafe returnedCount.initialize(to: 0)
+    underWayMax = Atomic(bufferCount)
   }
 
   deinit {
@@ -46,6 +50,9 @@ public final class ForeignMemory: @unchecked Sendable {
     unsafe returned.deallocate()
     unsafe returnedCount.deallocate()
   }
+
+  /// Control: from now on no buffer may wait for a full lane, until the memory is brought from anew.
+  public func endWaiting() { underWayMax.store(-1, ordering: .relaxed) }
 
   public var reference: Reference { unsafe Reference(memory: Unmanaged.passUnretained(self)) }
 
@@ -157,14 +164,30 @@ public final class ForeignMemory: @unchecked Sendable {
       }
     }
 
-    func release(_ index: Int) {
-      unsafe at(index) { buffer, owner in
+    /// One send is done; whether it was the last: then whoever brought the buffer is to be told, by `giveBack` there.
+    func release(_ index: Int) -> Bool {
+      unsafe at(index) { buffer, _ in
         unsafe precondition(buffer.pointee.holds != 0, "release of a foreign buffer not held")
         unsafe buffer.pointee.holds -= 1
-        if unsafe buffer.pointee.holds == 0 {
-          unsafe owner.returned[owner.returnedCount.pointee] = UInt32(truncatingIfNeeded: index)
-          unsafe owner.returnedCount.pointee += 1
-        }
+        return unsafe buffer.pointee.holds == 0
+      }
+    }
+
+    /// To be called by the worker that brought the buffer: nobody holds it any more.
+    func giveBack(_ index: Int) {
+      unsafe at(index) { buffer, owner in
+        unsafe precondition(buffer.pointee.holds == 0, "a foreign buffer is given back while it is held")
+        unsafe owner.returned[owner.returnedCount.pointee] = UInt32(truncatingIfNeeded: index)
+        unsafe owner.returnedCount.pointee += 1
+      }
+    }
+
+    /// How many buffers may be under way at once, at most `bufferCount`; -1 where none may wait any more. To be set
+    /// while none is, by the worker that brings them.
+    var underWayMax: Int {
+      get { unsafe memory!._withUnsafeGuaranteedRef { $0.underWayMax.load(ordering: .relaxed) } }
+      nonmutating set {
+        unsafe memory!._withUnsafeGuaranteedRef { $0.underWayMax.store(newValue, ordering: .relaxed) }
       }
     }
 

@@ -7,22 +7,27 @@ import Glibc
 ///
 /// Every buffer is free, posted (the kernel may write to it), or held with the count of sends still out. A flood to
 /// n places holds n; a buffer returns to its owner when the count is zero: a slot to the free list, a neighbour's slot
-/// to the batch of `returned` ones, a foreign buffer to its port's list. A slot that was handed on to a neighbour stays
-/// held, once, until the neighbour returns it. An operation that does not fit the state traps: it is a bug of ours and
-/// would end in one frame overwriting another.
+/// to the batch of `returned` ones, a foreign buffer to its port's list, or to that batch where a neighbour brought it.
+/// A slot that was handed on to a neighbour stays held, once, until the neighbour returns it; the holds of a foreign
+/// buffer stand in its own memory and go with it. An operation that does not fit the state traps: it is a bug of ours
+/// and would end in one frame overwriting another.
 @safe
 public struct FrameMemory: ~Copyable, @unchecked Sendable {
   public static var headroomBytes: Int { FrameArena.headroomBytes }
   public static var payloadBytesMax: Int { FrameArena.payloadBytesMax }
   public static var slotBytes: Int { FrameArena.slotBytes }
   public static var slotStrideBytes: Int { FrameArena.slotStrideBytes }
-  /// Foreign memories that one worker can know: one for each vhost-user or memory port.
-  public static let foreignOwnersMax = 64
+  /// Foreign memories that one worker can know: one for each ring that a guest transmits by.
+  public static let foreignOwnersMax = 256
   /// The owner number of worker 0's slots at its neighbours; worker n's is n more. 0 is always one's own arena, then
   /// come foreign memories.
   public static let neighbourOwnerFirst = 1 + foreignOwnersMax
 
   private static var postedMark: UInt32 { .max }
+
+  /// What comes back from a neighbour: a buffer's owner, 0 for a slot, above its number there.
+  private static let returnedNumberBits: UInt32 = 22
+  private static let returnedNumberMax = 1 << Int(returnedNumberBits)
 
   private let arena: FrameArena
   private let own: FrameArena.View
@@ -37,12 +42,32 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
   public private(set) var postedCount = 0
   /// Slots that neighbours have.
   public private(set) var handedOnCount = 0
+  /// Foreign buffers that this worker brought and neighbours have.
+  public private(set) var foreignHandedOnCount = 0
 
   private var foreign: FixedArray<ForeignOwner>
   private var foreignCount = 0
+  private let foreignMemories: [ForeignMemory]
 
   struct ForeignOwner: BitwiseCopyable {
     var memory: ForeignMemory.Reference
+    /// The neighbour that brings its buffers; nil: this worker does.
+    var bringer: UInt16?
+    /// Buffers of it that this worker has.
+    var takenCount = 0
+  }
+
+  /// A foreign memory whose frames cross between the workers of one service: each of them knows it under one number.
+  public struct ForeignShare: Sendable {
+    public let memory: ForeignMemory
+    /// The worker that brings its buffers and takes them back.
+    public let bringer: Int
+
+    public init(_ memory: ForeignMemory, bringer: Int) {
+      precondition(memory.bufferCount <= FrameMemory.returnedNumberMax, "too many foreign buffers")
+      self.memory = memory
+      self.bringer = bringer
+    }
   }
 
   /// By worker number; empty in the fused layout.
@@ -50,13 +75,15 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
   private let neighbourArenas: [FrameArena?]
   /// Sends beyond the first that are still out for each slot of each neighbour.
   private var furtherHolds: FixedArray<UInt32>
-  /// Slots of neighbours to give back, in one run for each.
+  /// What neighbours are to be given back, in one run for each.
   private var returned: FixedArray<UInt32>
 
   struct Neighbour: BitwiseCopyable {
     var view: FrameArena.View
-    /// Where its slots start in `furtherHolds` and `returned`.
+    /// Where its slots start in `furtherHolds`.
     var start: Int
+    /// Where its run starts in `returned`.
+    var returnedStart = 0
     var returnedCount = 0
     /// Slots of it that this worker has.
     var takenCount = 0
@@ -64,25 +91,45 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
 
   /// - Parameters:
   ///   - arena: this worker's alone to receive into.
+  ///   - number: this worker's.
   ///   - neighbours: by worker number the arenas of those whose frames come to this worker.
-  public init(arena: FrameArena, neighbours arenas: [FrameArena?] = []) {
+  ///   - shares: foreign memories, the first of them under the number 1.
+  public init(
+    arena: FrameArena, number own: Int = 0, neighbours arenas: [FrameArena?] = [], shares: [ForeignShare] = []
+  ) {
+    precondition(shares.count <= Self.foreignOwnersMax, "too many foreign memories")
+    precondition(arena.slotCount <= Self.returnedNumberMax, "too many slots")
     self.arena = arena
-    own = arena.view
-    states = FixedArray(repeating: 0, count: own.slotCount)
-    free = FixedArray(repeating: 0, count: own.slotCount)
-    for index in 0..<own.slotCount { free[index] = UInt32(own.slotCount - 1 - index) }
-    freeCount = own.slotCount
+    self.own = arena.view
+    let slotCount = arena.slotCount
+    states = FixedArray(repeating: 0, count: slotCount)
+    free = FixedArray(repeating: 0, count: slotCount)
+    for index in 0..<slotCount { free[index] = UInt32(slotCount - 1 - index) }
+    freeCount = slotCount
     foreign = FixedArray(repeating: ForeignOwner(memory: .none), count: Self.foreignOwnersMax + 1)
+    foreignMemories = shares.map(\.memory)
+    foreignCount = shares.count
+    for (index, share) in shares.enumerated() {
+      foreign[index + 1] = ForeignOwner(
+        memory: share.memory.reference, bringer: share.bringer == own ? nil : UInt16(share.bringer))
+    }
     neighbourArenas = arenas
     neighbours = FixedArray(repeating: Neighbour(view: .none, start: 0), count: arenas.count)
     var slots = 0
+    var returns = 0
     for (number, arena) in arenas.enumerated() {
       guard let arena else { continue }
-      neighbours[number] = Neighbour(view: arena.view, start: slots)
+      neighbours[number] = Neighbour(view: arena.view, start: slots, returnedStart: returns)
       slots += arena.slotCount
+      returns += Self.returnsMax(of: number, arena, shares)
     }
     furtherHolds = FixedArray(repeating: 0, count: slots)
-    returned = FixedArray(repeating: 0, count: slots)
+    returned = FixedArray(repeating: 0, count: returns)
+  }
+
+  /// All that may come back to a worker at once: its slots, and the foreign buffers that it brings.
+  static func returnsMax(of number: Int, _ arena: FrameArena, _ shares: [ForeignShare]) -> Int {
+    shares.reduce(arena.slotCount) { $0 + ($1.bringer == number ? $1.memory.bufferCount : 0) }
   }
 
   /// A worker's memory where no neighbour is.
@@ -109,7 +156,7 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
   public var holdsTotal: Int {
     var total = -handedOnCount
     for slot in 0..<slotCount where states[slot] != Self.postedMark { total += Int(states[slot]) }
-    for number in 0..<neighbours.count { total += neighbours[number].takenCount - neighbours[number].returnedCount }
+    for number in 0..<neighbours.count { total += neighbours[number].takenCount }
     for place in 0..<furtherHolds.count { total += Int(furtherHolds[place]) }
     return total
   }
@@ -183,14 +230,26 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
       if furtherHolds[place] > 0 {
         furtherHolds[place] -= 1
       } else {
-        let count = neighbours[number].returnedCount
-        precondition(count < neighbours[number].takenCount, "release of a neighbour's slot not held")
-        returned[neighbours[number].start + count] = buffer.index
-        neighbours[number].returnedCount = count + 1
+        precondition(neighbours[number].takenCount > 0, "release of a neighbour's slot not held")
+        neighbours[number].takenCount -= 1
+        returnTo(number, buffer.index)
       }
     } else {
-      foreignMemory(buffer).release(Int(buffer.index))
+      let owner = foreignOwner(buffer)
+      guard foreign[owner].memory.release(Int(buffer.index)) else { return }
+      foreign[owner].takenCount -= 1
+      if let bringer = foreign[owner].bringer {
+        returnTo(Int(bringer), UInt32(truncatingIfNeeded: owner) << Self.returnedNumberBits | buffer.index)
+      } else {
+        foreign[owner].memory.giveBack(Int(buffer.index))
+      }
     }
+  }
+
+  @inline(__always)
+  private mutating func returnTo(_ number: Int, _ what: UInt32) {
+    returned[neighbours[number].returnedStart + neighbours[number].returnedCount] = what
+    neighbours[number].returnedCount += 1
   }
 
   // MARK: Neighbours
@@ -208,7 +267,10 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
       }
       return BufferReference(owner: Self.neighbourOwnerFirst + number, index: Int(buffer.index))
     }
-    guard let owner = neighbour(buffer) else { preconditionFailure("foreign memory is handed on") }
+    guard let owner = neighbour(buffer) else {
+      if holds > 0 { handOnForeign(buffer, holds: holds) }
+      return buffer
+    }
     if holds > 0 {
       let place = place(of: buffer, owner)
       precondition(Int(furtherHolds[place]) == holds - 1, "a slot that waits for sends is handed on")
@@ -222,7 +284,10 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
   /// name here: it may be a slot of one's own that was handed on and comes back routed.
   @inline(__always)
   public mutating func takeOver(_ buffer: BufferReference, by own: Int, holds: Int = 1) -> BufferReference {
-    guard let number = neighbour(buffer) else { preconditionFailure("no neighbour's slot is taken over") }
+    guard let number = neighbour(buffer) else {
+      if holds > 0 { takeOverForeign(buffer) }
+      return buffer
+    }
     if number == own {
       if holds > 0 {
         precondition(handedOnCount > 0, "a slot came back that was not handed on")
@@ -238,30 +303,52 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
     return buffer
   }
 
-  /// A slot of one's own came back from a neighbour.
+  /// Its name is the same everywhere, and its holds are its own.
+  private mutating func handOnForeign(_ buffer: BufferReference, holds: Int) {
+    let owner = foreignOwner(buffer)
+    precondition(
+      foreign[owner].memory.holds(Int(buffer.index)) == holds, "a foreign buffer that waits for sends is handed on")
+    foreign[owner].takenCount -= 1
+    if foreign[owner].bringer == nil { foreignHandedOnCount += 1 }
+  }
+
+  private mutating func takeOverForeign(_ buffer: BufferReference) {
+    let owner = foreignOwner(buffer)
+    foreign[owner].takenCount += 1
+    guard foreign[owner].bringer == nil else { return }
+    precondition(foreignHandedOnCount > 0, "a foreign buffer came back that was not handed on")
+    foreignHandedOnCount -= 1
+  }
+
+  /// A slot of one's own, or a foreign buffer that one brought, came back from a neighbour.
   @inline(__always)
-  public mutating func comeBack(_ slot: Int) {
+  public mutating func comeBack(_ returned: UInt32) {
+    let owner = Int(returned >> Self.returnedNumberBits)
+    guard owner == 0 else { return comeBackForeign(owner, Int(returned & UInt32(Self.returnedNumberMax - 1))) }
     precondition(handedOnCount > 0, "a slot came back that was not handed on")
     handedOnCount -= 1
-    release(BufferReference(slot: slot))
+    release(BufferReference(slot: Int(returned)))
+  }
+
+  private mutating func comeBackForeign(_ owner: Int, _ index: Int) {
+    precondition(foreignHandedOnCount > 0, "a foreign buffer came back that was not handed on")
+    foreignHandedOnCount -= 1
+    foreign[owner].memory.giveBack(index)
   }
 
   @inline(__always)
   public func returnedCount(of number: Int) -> Int { neighbours[number].returnedCount }
 
-  /// Slots to give back to a neighbour.
+  /// What is to be given back to a neighbour, for its `comeBack`.
   @inline(__always)
   @_lifetime(borrow self)
-  public func returnedSlots(of number: Int) -> Span<UInt32> {
-    returned.span(from: neighbours[number].start, count: neighbours[number].returnedCount)
+  public func returnedBuffers(of number: Int) -> Span<UInt32> {
+    returned.span(from: neighbours[number].returnedStart, count: neighbours[number].returnedCount)
   }
 
   /// They were given back.
   @inline(__always)
-  public mutating func forgetReturned(of number: Int) {
-    neighbours[number].takenCount -= neighbours[number].returnedCount
-    neighbours[number].returnedCount = 0
-  }
+  public mutating func forgetReturned(of number: Int) { neighbours[number].returnedCount = 0 }
 
   @inline(__always)
   private func neighbour(_ buffer: BufferReference) -> Int? {
@@ -285,16 +372,30 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
     return foreignCount
   }
 
-  /// Another memory under a number that was returned by `adopt`; of the one before nothing is held any more.
-  mutating func replace(_ owner: Int, with memory: ForeignMemory.Reference) {
-    precondition(owner != 0 && owner <= foreignCount, "unknown owner of a buffer")
-    foreign[owner] = ForeignOwner(memory: memory)
+  /// So many buffers of a foreign memory were brought by this worker.
+  @inline(__always)
+  mutating func brought(_ count: Int, of owner: Int) { foreign[owner].takenCount += count }
+
+  /// Whether a frame may wait for a full lane. Of a foreign memory a quarter may wait for one that is stuck: else a
+  /// guest that takes nothing would keep all the frames that another may have under way, each in several places of its
+  /// ring perhaps.
+  @inline(__always)
+  func mayWait(_ buffer: BufferReference, forStuckLane isStuck: Bool) -> Bool {
+    guard buffer.isForeign else { return true }
+    let owner = foreign[foreignOwner(buffer)]
+    let underWayMax = owner.memory.underWayMax
+    return underWayMax >= 0 && (!isStuck || owner.takenCount <= underWayMax / 4)
+  }
+
+  @inline(__always)
+  private func foreignOwner(_ buffer: BufferReference) -> Int {
+    precondition(buffer.owner != 0 && Int(buffer.owner) <= foreignCount, "unknown owner of a buffer")
+    return Int(buffer.owner)
   }
 
   @inline(__always)
   private func foreignMemory(_ buffer: BufferReference) -> ForeignMemory.Reference {
-    precondition(buffer.owner != 0 && Int(buffer.owner) <= foreignCount, "unknown owner of a buffer")
-    return foreign[Int(buffer.owner)].memory
+    foreign[foreignOwner(buffer)].memory
   }
 
   // MARK: Bytes

@@ -14,7 +14,8 @@ import Glibc
 /// chain, the `sent` event comes with the next `collect`; the chain stops as at a full socket, and `writable` comes
 /// when there are buffers.
 ///
-/// While a worker polls, no guest kicks. Before it waits it asks all of them to, and looks a last time.
+/// While a worker polls, no guest kicks. Before it waits it asks all of them to, and looks a last time. A guest that
+/// cannot kick is looked at every 50 µs.
 struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
   private var kernel: Kernel
   /// By source and by lane; nil for those of the kernel.
@@ -23,7 +24,7 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
   /// What the kernel's side must know of them.
   private var sourceNotes: FixedArray<GuestNote>
   private var laneNotes: FixedArray<GuestNote>
-  /// The owner of a source's frames, for the worker's memory; 0: it never had any.
+  /// The owner of a source's frames, for the worker's memory.
   private var owners: FixedArray<UInt16>
   /// The numbers of those that are guests', in front.
   private var guestSources: FixedArray<UInt32>
@@ -38,6 +39,7 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
   /// Frames that one ring may bring in one turn, so that others come to their turn.
   private let framesOfTurnMax: Int
   private var framesTaken = 0
+  private static var pollNanoseconds: Int { 50_000 }
 
   init(_ kernel: consuming Kernel, sources sourceCount: Int, lanes laneCount: Int, framesOfTurnMax: Int) {
     self.kernel = kernel
@@ -58,20 +60,19 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
   // MARK: Rings
 
   /// Makes a ring the source that is opened next under this number; false where it cannot be one.
-  mutating func lend(_ reference: GuestRing.Reference, toSource source: Int, _ memory: inout FrameMemory) -> Bool {
+  mutating func lend(_ reference: GuestRing.Reference, toSource source: Int) -> Bool {
     unsafe reference.ring._withUnsafeGuaranteedRef { ring in
       guard let frames = ring.frames else { return false }
       do throws(VirtqueueError) {
         let queue = try GuestQueue(ring)
-        if owners[source] == 0 {
-          owners[source] = UInt16(memory.adopt(frames.reference))
-        } else {
-          memory.replace(Int(owners[source]), with: frames.reference)
-        }
+        owners[source] = UInt16(frames.owner)
+        let count = min(ring.areas.size, frames.memory.bufferCount)
+        frames.memory.reference.underWayMax = count
         sources[source] = GuestSource(
-          reference, queue, frames: frames.reference, count: frames.bufferCount, owner: Int(owners[source]),
+          reference, queue, frames: frames.memory.reference, count: count, owner: frames.owner,
           memory: ring.memory.reference, hasCall: ring.call >= 0, hasKick: ring.kick >= 0)
         sourceNotes[source] = GuestNote(isGuest: true, hasKick: ring.kick >= 0, call: ring.call)
+        callAtStart(ring)
         return true
       } catch {
         return false
@@ -86,13 +87,17 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
         lanes[lane] = GuestLane(
           reference, try GuestQueue(ring), mergesBuffers: ring.mergesBuffers, memory: ring.memory.reference,
           hasCall: ring.call >= 0)
-        laneNotes[lane] = GuestNote(isGuest: true, hasKick: false, call: ring.call)
+        laneNotes[lane] = GuestNote(isGuest: true, hasKick: ring.kick >= 0, call: ring.call)
+        callAtStart(ring)
         return true
       } catch {
         return false
       }
     }
   }
+
+  /// What was completed before may have been told to an eventfd that the VMM replaced meanwhile.
+  private mutating func callAtStart(_ ring: borrowing GuestRing) { if ring.call >= 0 { kernel.wake(ring.call) } }
 
   @inline(__always)
   private func isGuest(source: Int) -> Bool { sourceNotes[source].isGuest }
@@ -231,13 +236,15 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
 
   @inline(never)
   private mutating func collectWithGuests(_ wait: Wait, _ memory: inout FrameMemory, into events: inout EventBatch) {
+    var wait = wait
     for place in 0..<guestLaneCount { publish(Int(guestLanes[place])) }
     for place in 0..<guestSourceCount {
       let source = Int(guestSources[place])
       if sources[source]!.giveBack() { kernel.wake(sourceNotes[source].call) }
       if sources[source]!.mustEndKicks() { kernel.cancel(source) }
+      if sources[source]!.isOver() { wait = .sweep }
     }
-    var wait = wait
+    if wait == .forEvent, mustPoll { wait = .atMost(nanoseconds: Self.pollNanoseconds) }
     if resultCount > 0 { wait = .sweep }
     let asksForKicks = wait != .sweep
     if asksForKicks, askForKicks() { wait = .sweep }
@@ -248,9 +255,21 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
     tellResults(&events)
     for place in 0..<guestSourceCount where events.room > 1 {
       let source = Int(guestSources[place])
-      framesTaken += sources[source]!.poll(source, upTo: min(framesOfTurnMax, events.room - 1), into: &events)
+      let count = sources[source]!.poll(source, upTo: min(framesOfTurnMax, events.room - 1), into: &events)
+      framesTaken += count
+      memory.brought(count, of: Int(owners[source]))
       if let error = sources[source]!.takeEnd() { events.append(IOEvent(.receiveEnded, source, error: error)) }
     }
+  }
+
+  /// Whether something is to be awaited of a guest that cannot kick.
+  private var mustPoll: Bool {
+    for place in 0..<guestSourceCount where !sourceNotes[Int(guestSources[place])].hasKick { return true }
+    for place in 0..<guestLaneCount {
+      let lane = Int(guestLanes[place])
+      if awaitsWritable[lane], !laneNotes[lane].hasKick { return true }
+    }
+    return false
   }
 
   private mutating func askForKicks() -> Bool {

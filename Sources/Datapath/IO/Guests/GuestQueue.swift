@@ -10,11 +10,15 @@ struct GuestQueue: ~Copyable {
     var split = OwnedArray<SplitQueue>(capacity: 1)
     var packed = OwnedArray<PackedQueue>(capacity: 1)
     if isSplit {
-      split.append(try SplitQueue(ring.areas, features: ring.features, base: ring.base))
-      split[0].logWrites(ring.logAddresses)
+      var queue = try SplitQueue(ring.areas, features: ring.features, base: ring.base)
+      if let region = unsafe ring.inFlight { _ = unsafe try queue.trackInFlight(region) }
+      queue.logWrites(ring.logAddresses)
+      split.append(queue)
     } else {
-      packed.append(try PackedQueue(ring.areas, features: ring.features, base: ring.base))
-      packed[0].logWrites(ring.logAddresses)
+      var queue = try PackedQueue(ring.areas, features: ring.features, base: ring.base)
+      if let region = unsafe ring.inFlight { _ = unsafe try queue.trackInFlight(region) }
+      queue.logWrites(ring.logAddresses)
+      packed.append(queue)
     }
     self.split = split
     self.packed = packed

@@ -15,16 +15,34 @@ public final class GuestRing: @unchecked Sendable {
   public let call: Int32
   /// Where the guest sees the ring, for the dirty log of `memory`; nil: writes to the ring itself are not logged.
   let logAddresses: VirtqueueLogAddresses?
-  /// Frames of it that are under way; of a ring that the guest transmits by.
-  let frames: ForeignMemory?
+  /// Where the chains that are under way are noted, for a process that takes this one's place: `inFlightBytes` of the
+  /// ring's kind; nil: nowhere.
+  let inFlight: UnsafeMutableRawPointer?
+  /// Of a ring that the guest transmits by: what its frames that are under way lie in.
+  let frames: Frames?
+
+  /// The frames of one ring that are under way, whatever guest it has: the workers know them from the start, as a
+  /// foreign memory under the number that a wiring gave it.
+  public struct Frames: Sendable {
+    public let memory: ForeignMemory
+    public let owner: Int
+
+    public init(_ memory: ForeignMemory, owner: Int) {
+      self.memory = memory
+      self.owner = owner
+    }
+  }
 
   /// Frames of one ring that may be under way at once: beyond them the guest waits.
   public static let framesMax = 1_024
 
-  /// - Parameter isFromGuest: whether the guest transmits by it.
+  /// - Parameters:
+  ///   - frames: of a ring that the guest transmits by; none of them is under way.
+  ///   - inFlight: stays mapped as long as the ring is used, and is aligned to 8 bytes.
   public init(
-    _ areas: VirtqueueAreas, features: VirtqueueFeatures, base: UInt32, mergesBuffers: Bool, isFromGuest: Bool,
-    memory: GuestMemory, kick: Int32, call: Int32, logAddresses: VirtqueueLogAddresses? = nil
+    _ areas: VirtqueueAreas, features: VirtqueueFeatures, base: UInt32, mergesBuffers: Bool, frames: Frames?,
+    memory: GuestMemory, kick: Int32, call: Int32, logAddresses: VirtqueueLogAddresses? = nil,
+    inFlight: UnsafeMutableRawPointer? = nil
   ) {
     self.areas = areas
     self.features = features
@@ -34,7 +52,8 @@ public final class GuestRing: @unchecked Sendable {
     self.kick = kick
     self.call = call
     self.logAddresses = logAddresses
-    frames = isFromGuest ? ForeignMemory(bufferCount: min(areas.size, Self.framesMax)) : nil
+    self.frames = frames
+    unsafe self.inFlight = unsafe inFlight
   }
 
   /// The worker's handle, free of reference counting.

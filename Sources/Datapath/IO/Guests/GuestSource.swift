@@ -192,7 +192,10 @@ struct GuestSource: ~Copyable {
   }
 
   /// Asks for kicks; true when there is something already.
-  mutating func askForKicks() -> Bool { !end.hasBegun && queue.askForKicks(memory) }
+  mutating func askForKicks() -> Bool {
+    // With no place for another frame it is woken by those that are under way.
+    !end.hasBegun && queue.askForKicks(memory) && freeCount > 0
+  }
   mutating func refuseKicks() { if !end.hasBegun { queue.refuseKicks(memory) } }
 
   mutating func beginEnd(_ error: Int32) { end.begin(error) }
@@ -207,6 +210,9 @@ struct GuestSource: ~Copyable {
     end.isKickEnded = true
     end.begin(error)
   }
+
+  /// Whether its end is about to be told: nobody else would wake the worker for it.
+  mutating func isOver() -> Bool { end.hasBegun && freeCount == free.count }
 
   /// The error that it ended with, once, when no frame of it is under way.
   mutating func takeEnd() -> Int32? {
