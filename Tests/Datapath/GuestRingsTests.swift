@@ -29,8 +29,9 @@ private final class GuestPair {
   private var awaited: [UInt16: Int] = [:]
   private var arrived: [(slot: Int, bytes: Int)] = []
 
-  init(isPacked: Bool) throws {
-    let features: VirtqueueFeatures = isPacked ? [.packedRing, .indirectDescriptors] : [.indirectDescriptors]
+  init(isPacked: Bool, keepsOrder: Bool = false) throws {
+    var features: VirtqueueFeatures = isPacked ? [.packedRing, .indirectDescriptors] : [.indirectDescriptors]
+    if keepsOrder { features.insert(.inOrder) }
     let guests = [try VirtioGuest(), try VirtioGuest()]
     let drivers = guests.map { guest -> any VirtioDriver in
       isPacked
@@ -102,14 +103,18 @@ private final class GuestPair {
   }
 
   /// Takes back what the worker gave back of the sender's; how many frames that is.
-  func reap() -> Int {
-    var count = 0
-    while let (identifier, _) = from.reap() {
-      fromSlots.append(offered.removeValue(forKey: identifier)!)
-      count += 1
-    }
-    return count
+  func reap() -> Int { reapSlots().count }
+
+  /// The same by the slots of the frames.
+  func reapSlots() -> [Int] {
+    var slots: [Int] = []
+    while let (identifier, _) = from.reap() { slots.append(offered.removeValue(forKey: identifier)!) }
+    fromSlots += slots
+    return slots
   }
+
+  /// Of the next frame to be transmitted.
+  var nextSlot: Int? { fromSlots.last }
 
   func offerBuffer(bytes: Int) {
     guard to.freePlaces > 0, let slot = toSlots.popLast() else { return }
@@ -180,6 +185,35 @@ private final class GuestPair {
     #expect(received == sent && sent.count == count)
     let audit = try #require(pair.stop())
     #expect(audit.holds && audit.sent == UInt64(count), "\(audit)")
+  }
+
+  @Test(
+    "a guest that wants its chains back in order has them so, however long each frame is under way",
+    arguments: [false, true], [true, false])
+  func givesBackInOrder(isPacked: Bool, keepsOrder: Bool) throws {
+    let pair = try GuestPair(isPacked: isPacked, keepsOrder: keepsOrder)
+    var random = SeededRandom(seed: 7)
+    var transmitted: [Int] = []
+    var reaped: [Int] = []
+    var number = 0
+    for _ in 0..<2_000 {
+      for _ in 0..<Int.random(in: 0...3, using: &random) where pair.canTransmit {
+        transmitted.append(pair.nextSlot!)
+        // Long frames wait for buffers, small ones are copied.
+        let bytes = Bool.random(using: &random) ? 60 : 1_400
+        pair.transmit(frame(number, bytes: bytes), pieces: Int.random(in: 1...2, using: &random), isIndirect: false)
+        number += 1
+      }
+      if Int.random(in: 0...2, using: &random) == 0 { pair.offerBuffer(bytes: GuestPair.slotBytes) }
+      pair.turn()
+      _ = pair.receive()
+      reaped += pair.reapSlots()
+    }
+    #expect(reaped.count > 300)
+    let isInOrder = reaped == Array(transmitted.prefix(reaped.count))
+    #expect(isInOrder == keepsOrder, "without being asked for order, small frames overtake")
+    let audit = pair.stop()
+    #expect(audit?.holds == true)
   }
 
   @Test("a small frame's memory goes back at once, a long one's when the frame has left", arguments: [false, true])

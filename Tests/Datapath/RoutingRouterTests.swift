@@ -57,6 +57,14 @@ private func route(
     source: testMAC(source), destination: destination, ingress: ingress, domain: domain, now: TurnClock(seconds: now))
 }
 
+private func remembered(
+  _ router: borrowing Router, _ source: Int, _ destination: UInt64, _ ingress: InterfaceIndex, _ domain: DomainIndex,
+  now: UInt32
+) -> InterfaceIndex {
+  router.remembered(
+    source: testMAC(source), destination: destination, ingress: ingress, domain: domain, now: TurnClock(seconds: now))
+}
+
 @Suite struct RoutingRouterTests {
   @Test(arguments: [true, false]) func `Two guests find each other`(cacheEnabled: Bool) throws {
     let network = try Network()
@@ -279,6 +287,7 @@ private func route(
     var places = (0..<12).map { _ in Int.random(in: 0..<4, using: &random) }
     var actions: [Router.Decision.Action: Int] = [:]
     var floods = 0
+    var hits = 0
     for step in 0..<30_000 {
       switch Int.random(in: 0..<1000, using: &random) {
       case 0..<960:
@@ -291,10 +300,19 @@ private func route(
         let ingress = inRed ? [Network.other, Network.linkA][source % 2] : InterfaceIndex(places[source])
         let domain = inRed ? Network.red : Network.blue
         let expected = route(&plain, source, destination, ingress, domain, now: now)
+        let isFirst = Bool.random(using: &random)
+        let place =
+          isFirst
+          ? remembered(one, source, destination, ingress, domain, now: now)
+          : remembered(two, source, destination, ingress, domain, now: now)
         let decision =
-          Bool.random(using: &random)
+          isFirst
           ? route(&one, source, destination, ingress, domain, now: now)
           : route(&two, source, destination, ingress, domain, now: now)
+        if place != .none {
+          hits += 1
+          try #require(expected.action == .unicast(place) && expected.learned.counter == nil, "step \(step)")
+        }
         actions[decision.action, default: 0] += 1
         floods += decision.action.isFlood ? 1 : 0
         try #require(decision == expected, "step \(step)")
@@ -328,6 +346,7 @@ private func route(
       #expect(actions[action, default: 0] > 20, "\(action)")
     }
     #expect(floods > 20)
+    #expect(hits > 100)
     withExtendedLifetime((cachedNetwork, plainNetwork, snapshots)) {}
   }
 

@@ -28,6 +28,8 @@ public struct VhostUserFeatures: OptionSet, Hashable, Sendable {
   public static let protocolFeatures = Self(bit: 30)
   public static let version1 = Self(bit: 32)
   public static let packedRing = Self(bit: 34)
+  /// Chains are used in the order in which they were made available.
+  public static let inOrder = Self(bit: 35)
   public static let guestUSO4 = Self(bit: 54)
   public static let guestUSO6 = Self(bit: 55)
   public static let hostUSO = Self(bit: 56)
@@ -40,7 +42,7 @@ public struct VhostUserFeatures: OptionSet, Hashable, Sendable {
   public static let served: Self = [
     .checksum, .guestChecksum, .mtu, .guestTSO4, .guestTSO6, .guestECN, .hostTSO4, .hostTSO6, .hostECN,
     .mergeableReceiveBuffers, .multiQueue, .logAll, .indirectDescriptors, .eventIndex, .protocolFeatures, .version1,
-    .packedRing, .guestUSO4, .guestUSO6, .hostUSO,
+    .packedRing, .inOrder, .guestUSO4, .guestUSO6, .hostUSO,
   ]
 
   /// Checksums and super-frames that the other side finishes.

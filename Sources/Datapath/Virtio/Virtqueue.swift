@@ -126,6 +126,8 @@ public struct VirtqueueFeatures: OptionSet, BitwiseCopyable, Sendable {
   public static let eventIndex = VirtqueueFeatures(rawValue: 1 << 29)
   /// VIRTIO_F_RING_PACKED: which kind of queue is to be made.
   public static let packedRing = VirtqueueFeatures(rawValue: 1 << 34)
+  /// VIRTIO_F_IN_ORDER: the device completes chains in the order in which it took them. Whoever completes sees to it.
+  public static let inOrder = VirtqueueFeatures(rawValue: 1 << 35)
 }
 
 /// Why a queue cannot be made.

@@ -20,8 +20,12 @@ struct GuestSource: ~Copyable {
   private var singles = VirtioSingles()
   /// The next of them to pass on.
   private var nextSingle = 0
-  /// By frame under way, what names its chain.
+  /// By frame under way, what names its chain; or where that stands in the order.
   private var tokens: FixedArray<VirtioChain.Token>
+  private var turns: FixedArray<UInt32>
+  /// Where chains go back in the order in which they came: those that may not yet.
+  private var order: ChainOrder
+  private let keepsOrder: Bool
   /// By frame under way, whether its chain went back already.
   private var isCopied: FixedArray<Bool>
   private var free: FixedArray<UInt32>
@@ -41,6 +45,10 @@ struct GuestSource: ~Copyable {
     self.memory = memory
     self.hasCall = hasCall
     tokens = FixedArray(repeating: chain.token, count: count)
+    turns = FixedArray(repeating: 0, count: count)
+    keepsOrder = unsafe ring.ring._withUnsafeGuaranteedRef { $0.features.contains(.inOrder) }
+    let chainsMax = unsafe ring.ring._withUnsafeGuaranteedRef { $0.areas.size }
+    order = ChainOrder(capacity: keepsOrder ? chainsMax : 0, filler: chain.token)
     isCopied = FixedArray(repeating: false, count: count)
     free = FixedArray(repeating: 0, count: count)
     for index in 0..<count { free[index] = UInt32(count - 1 - index) }
@@ -89,12 +97,11 @@ struct GuestSource: ~Copyable {
       guard frameBytes <= frameBytesMax,
         unsafe lane.deliver(own, single.place + OffloadHeader.bytes, frameBytes: frameBytes)
       else { break }
-      queue.complete(single.token, writtenBytes: 0)
+      complete(single.token)
       nextSingle &+= 1
       passed.frames &+= 1
       passed.bytes &+= frameBytes
     }
-    if passed.frames > 0 { hasCompleted = true }
     return passed
   }
 
@@ -135,12 +142,7 @@ struct GuestSource: ~Copyable {
     let segments = unsafe frames.bring(index, single.place, bytes: bytes)
     let isCopied = segments == 1
     self.isCopied[index] = isCopied
-    if isCopied {
-      queue.complete(single.token, writtenBytes: 0)
-      hasCompleted = true
-    } else {
-      tokens[index] = single.token
-    }
+    if isCopied { complete(single.token) } else { keep(single.token, for: index) }
     var event = IOEvent(.received, source)
     event.slot = UInt32(truncatingIfNeeded: index)
     event.owner = UInt16(truncatingIfNeeded: owner)
@@ -160,7 +162,7 @@ struct GuestSource: ~Copyable {
     }
     freeCount -= 1
     let index = Int(free[freeCount])
-    tokens[index] = chain.token
+    keep(chain.token, for: index)
     isCopied[index] = false
     var event = IOEvent(.received, source)
     event.slot = UInt32(truncatingIfNeeded: index)
@@ -175,15 +177,35 @@ struct GuestSource: ~Copyable {
     return true
   }
 
+  /// Gives a chain back, in its turn.
+  @inline(__always)
+  private mutating func complete(_ token: VirtioChain.Token) {
+    guard order.isEmpty else {
+      order.end(order.append(token))
+      return
+    }
+    queue.complete(token, writtenBytes: 0)
+    hasCompleted = true
+  }
+
+  /// Keeps a chain until its frame is over.
+  @inline(__always)
+  private mutating func keep(_ token: VirtioChain.Token, for index: Int) {
+    if keepsOrder { turns[index] = order.append(token) } else { tokens[index] = token }
+  }
+
   /// Gives chains back whose frames are over; returns whether the guest is to be called.
   mutating func giveBack() -> Bool {
     while let index = frames.takeReturned() {
       if !isCopied[index] {
-        queue.complete(tokens[index], writtenBytes: 0)
-        hasCompleted = true
+        if keepsOrder { order.end(turns[index]) } else { complete(tokens[index]) }
       }
       free[freeCount] = UInt32(truncatingIfNeeded: index)
       freeCount += 1
+    }
+    while let token = order.takeFirstEnded() {
+      queue.complete(token, writtenBytes: 0)
+      hasCompleted = true
     }
     guard hasCompleted else { return false }
     hasCompleted = false
@@ -219,6 +241,48 @@ struct GuestSource: ~Copyable {
     guard freeCount == free.count, let error = end.take() else { return nil }
     unsafe ring.ring._withUnsafeGuaranteedRef { $0.base = queue.base }
     return error
+  }
+}
+
+/// Chains in the order in which they were taken, for a guest that wants them back in that order (virtio 1.2 §2.7.9,
+/// §2.8.16: VIRTIO_F_IN_ORDER).
+struct ChainOrder: ~Copyable {
+  private var tokens: FixedArray<VirtioChain.Token>
+  private var isEnded: FixedArray<Bool>
+  private var first = 0
+  private var count = 0
+
+  init(capacity: Int, filler: VirtioChain.Token) {
+    tokens = FixedArray(repeating: filler, count: capacity)
+    isEnded = FixedArray(repeating: false, count: capacity)
+  }
+
+  @inline(__always)
+  var isEmpty: Bool { count == 0 }
+
+  /// A chain was taken; returns its place, which is its until it is taken from here. There are no more than the ring
+  /// has.
+  mutating func append(_ token: VirtioChain.Token) -> UInt32 {
+    precondition(count < tokens.count, "more chains are under way than a ring has")
+    var place = first + count
+    if place >= tokens.count { place -= tokens.count }
+    tokens[place] = token
+    isEnded[place] = false
+    count += 1
+    return UInt32(truncatingIfNeeded: place)
+  }
+
+  /// Nobody uses a chain any more.
+  mutating func end(_ place: UInt32) { isEnded[Int(place)] = true }
+
+  /// The oldest chain, if nobody uses it any more.
+  mutating func takeFirstEnded() -> VirtioChain.Token? {
+    guard count > 0, isEnded[first] else { return nil }
+    defer {
+      first = first + 1 == tokens.count ? 0 : first + 1
+      count -= 1
+    }
+    return tokens[first]
   }
 }
 
