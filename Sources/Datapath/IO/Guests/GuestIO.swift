@@ -213,6 +213,7 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
     return passed
   }
 
+  /// What was not passed on is there for `collect`.
   mutating func endPassing(_ source: Int) { sources[source]!.endPassing() }
 
   /// Shows a guest what was copied for it, and calls it if it wants that.
@@ -255,9 +256,12 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
     tellResults(&events)
     for place in 0..<guestSourceCount where events.room > 1 {
       let source = Int(guestSources[place])
-      let count = sources[source]!.poll(source, upTo: min(framesOfTurnMax, events.room - 1), into: &events)
-      framesTaken += count
-      memory.brought(count, of: Int(owners[source]))
+      // After a wait there may be more; else what was passed on a moment ago was all.
+      if asksForKicks || !sources[source]!.wasEmptied() {
+        let count = sources[source]!.poll(source, upTo: min(framesOfTurnMax, events.room - 1), into: &events)
+        framesTaken += count
+        memory.brought(count, of: Int(owners[source]))
+      }
       if let error = sources[source]!.takeEnd() { events.append(IOEvent(.receiveEnded, source, error: error)) }
     }
   }

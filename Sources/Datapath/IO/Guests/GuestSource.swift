@@ -20,6 +20,9 @@ struct GuestSource: ~Copyable {
   private var singles = VirtioSingles()
   /// The next of them to pass on.
   private var nextSingle = 0
+  private var passedOfTurn = 0
+  /// Whether all that was there a moment ago was passed on.
+  private var isEmptied = false
   /// By frame under way, what names its chain; or where that stands in the order.
   private var tokens: FixedArray<VirtioChain.Token>
   private var turns: FixedArray<UInt32>
@@ -63,8 +66,10 @@ struct GuestSource: ~Copyable {
   mutating func beginPassing(upTo most: Int) {
     nextSingle = 0
     singles.count = 0
+    passedOfTurn = 0
+    isEmptied = false
     guard !end.hasBegun else { return }
-    _ = queue.take(memory, upTo: most, into: &singles)
+    isEmptied = !queue.take(memory, upTo: most, into: &singles)
   }
 
   /// The addresses of the next frame; nil where none is left, or where it asks for more than to be passed on: an
@@ -106,15 +111,23 @@ struct GuestSource: ~Copyable {
   }
 
   mutating func endPassing() {
-    if nextSingle < singles.count { queue.giveBack(last: singles.count - nextSingle) }
+    passedOfTurn = nextSingle
+    if nextSingle < singles.count {
+      queue.giveBack(last: singles.count - nextSingle)
+      isEmptied = false
+    }
     singles.count = 0
   }
 
+  mutating func wasEmptied() -> Bool { isEmptied }
+
   // MARK: Frames that go through the stages
 
-  /// Takes what the guest made available, up to `most` frames.
+  /// Takes what the guest made available, up to `most` frames, those that were passed on in this turn included.
   mutating func poll(_ source: Int, upTo most: Int, into events: inout EventBatch) -> Int {
     guard !end.hasBegun else { return 0 }
+    let most = most - passedOfTurn
+    passedOfTurn = 0
     var taken = 0
     while true {
       let room = min(most - taken, freeCount)
