@@ -34,6 +34,7 @@ public struct PackedQueue: Virtqueue, ~Copyable, @unchecked Sendable {
 
   /// The available bit is 1 << 7, the used bit 1 << 15.
   private static var ownershipBits: UInt16 { 0x8080 }
+  private static var usedBit: UInt16 { 0x8000 }
   private static func availableBits(wrap: Bool) -> UInt16 { wrap ? 0x0080 : 0x8000 }
   private static func usedBits(wrap: Bool) -> UInt16 { wrap ? 0x8080 : 0 }
 
@@ -68,6 +69,43 @@ public struct PackedQueue: Virtqueue, ~Copyable, @unchecked Sendable {
     nextUsed = Int(usedHalf & 0x7FFF)
     usedBits = Self.usedBits(wrap: usedHalf >> 15 != 0)
     takenPlaces = distance
+    goOnWhereRingSays()
+  }
+
+  /// A frontend whose device died may not know where the queue stands: QEMU then says again where it began. Where the
+  /// ring contradicts that, and has chains of one place only, it tells itself: the used bit of the places that were
+  /// given back in this round is another than that of the rest. What was taken and not given back is taken again.
+  private mutating func goOnWhereRingSays() {
+    let ring = unsafe descriptors
+    func flags(_ index: Int) -> UInt16 {
+      unsafe SharedWord.load16(ring + VirtioDescriptor.bytes * index + 14) & Self.ownershipBits
+    }
+    let isBeginning = nextUsed == 0 && usedBits != 0 && takenPlaces == 0
+    let bits = usedBits
+    let used = nextUsed
+    let isContradicted = (0..<size).contains { index in
+      // On a new ring no used bit was ever set. On another nothing from the next used place on was given back in this
+      // round, and nothing before it in the last one: the driver wrote to it since.
+      isBeginning
+        ? flags(index) & Self.usedBit != 0 : flags(index) == (index < used ? bits ^ Self.ownershipBits : bits)
+    }
+    guard isContradicted else { return }
+    let isUsed = flags(0) & Self.usedBit != 0
+    let place = (0..<size).first { (flags($0) & Self.usedBit != 0) != isUsed }
+    // All the same: the round just ended.
+    let wrap = place == nil ? !isUsed : isUsed
+    guard !((place ?? size)..<size).contains(where: { (flags($0) & Self.usedBit != 0) == isUsed }) else { return }
+    // The rest of a chain that was given back looks like a chain that is available; a last place may be such a rest.
+    let hasLongChains = (0..<size).contains { index in
+      let flags = unsafe SharedWord.load16(ring + VirtioDescriptor.bytes * index + 14)
+      return flags & VirtioDescriptor.next != 0
+    }
+    guard !hasLongChains, !(isBeginning && !wrap && place == size - 1) else { return }
+    nextUsed = place ?? 0
+    usedBits = Self.usedBits(wrap: wrap)
+    nextAvailable = nextUsed
+    availableBits = Self.availableBits(wrap: wrap)
+    takenPlaces = 0
   }
 
   private var availableHalf: UInt32 {

@@ -197,10 +197,11 @@ struct NodeConfiguration {
     var mtu: Int?
     var offloads: Bool?
     var socket: String?
+    var socketMode: String?
 
     /// A port that serves a virtual machine by a socket of that path.
-    static func vhostUser(_ name: String, _ socket: String) -> Port {
-      Port(name: name, kind: "vhost-user", socket: socket)
+    static func vhostUser(_ name: String, _ socket: String, mode: String? = nil) -> Port {
+      Port(name: name, kind: "vhost-user", socket: socket, socketMode: mode)
     }
 
     /// A port on the device of that name, which is there already.
@@ -280,7 +281,8 @@ struct NodeConfiguration {
         "[[port]]",
         [
           ("name", port.name), ("kind", port.kind), ("device", port.socket == nil ? port.name : nil),
-          ("socket", port.socket), ("domain", port.domain), ("queues", port.queues), ("mtu", port.mtu),
+          ("socket", port.socket), ("socket_mode", port.socketMode), ("domain", port.domain), ("queues", port.queues),
+          ("mtu", port.mtu),
           ("offloads", port.offloads),
         ])
     }

@@ -8,17 +8,24 @@ final class Machine {
   enum Card {
     /// To a TAP device of the host that is there already.
     case tap(String)
-    /// To the forwarder that has this socket.
-    case vhostUser(String, isPacked: Bool = false)
+    /// To the forwarder, by this socket.
+    case vhostUser(String, isPacked: Bool = false, Side = .connects)
+
+    /// What QEMU does at the socket: connects, or again whenever the forwarder is back; or makes it.
+    enum Side: String {
+      case connects = ""
+      case reconnects = ",reconnect=1"
+      case listens = ",server=on,wait=off"
+    }
 
     /// The device's options come last: vectors=0, because QEMU 7.2 crashes with vhost-user and MSI-X under software
     /// emulation.
     fileprivate var arguments: (backend: [String], device: String) {
       switch self {
       case .tap(let device): (["-netdev", "tap,id=net,ifname=\(device),script=no,downscript=no"], "")
-      case .vhostUser(let socket, let isPacked):
+      case .vhostUser(let socket, let isPacked, let side):
         (
-          ["-chardev", "socket,id=card,path=\(socket)", "-netdev", "vhost-user,id=net,chardev=card"],
+          ["-chardev", "socket,id=card,path=\(socket)\(side.rawValue)", "-netdev", "vhost-user,id=net,chardev=card"],
           ",vectors=0" + (isPacked ? ",packed=on" : "")
         )
       }
