@@ -53,6 +53,8 @@ final class Machine {
     let status = unsafe ends.withUnsafeMutableBufferPointer { unsafe pipe($0.baseAddress!) }
     guard status == 0 else { throw LabError("no pipe: \(errorText(errno))") }
     for end in ends { _ = fcntl(end, F_SETFD, FD_CLOEXEC) }
+    // A machine that ended takes nothing more: that is no end of the tests.
+    signal(SIGPIPE, SIG_IGN)
     defer { close(ends[0]) }
     console = ends[1]
     let (backend, deviceOptions) = card.arguments
