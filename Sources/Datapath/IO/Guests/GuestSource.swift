@@ -5,8 +5,8 @@ import Glibc
 ///
 /// The way of a frame that may go to another guest at once: `beginPassing`, `pass`, `endPassing`.
 ///
-/// The way of any other chain: `poll` takes it and makes a frame under way of it; `giveBack` returns it when nobody uses
-/// its bytes any more. Of a small frame the first bytes, which are copied, are all: its chain goes back at once.
+/// The way of any other chain: `poll` takes it and makes a frame under way of it; `giveBack` returns it when nobody
+/// uses its bytes any more. Of a small frame the first bytes, which are copied, are all: its chain goes back at once.
 struct GuestSource: ~Copyable {
   private let ring: GuestRing.Reference
   private let memory: GuestMemory.Reference
