@@ -30,7 +30,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
   private var received = DescriptorBatch(capacity: eventsMax)
   private var routed = RoutedBatch(capacity: eventsMax)
   /// Frames that went from guest to guest at once in this turn.
-  private var passed = 0
+  private(set) var passed = 0
   /// Routed frames that went on in this turn.
   private var routedFrames = 0
   private var receive: ReceiveStage

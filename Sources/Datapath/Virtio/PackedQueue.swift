@@ -402,8 +402,8 @@ public struct PackedQueue: Virtqueue, ~Copyable, @unchecked Sendable {
   }
 
   public mutating func askForKicks(_ memory: GuestMemory.Reference) -> Bool {
-    let event = features.contains(.eventIndex) ? availableHalf | Self.eventsAtPlace << 16 : Self.eventsOn << 16
-    setDeviceEvent(event, memory)
+    // Not by place, which those that are there may have passed: they may be too few for who asks.
+    setDeviceEvent(Self.eventsOn << 16, memory)
     atomicMemoryFence(ordering: .sequentiallyConsistent)
     return unsafe inFlight.hasAgain
       || SharedWord.load16Acquiring(place(nextAvailable) + 14) & Self.ownershipBits == availableBits

@@ -272,14 +272,24 @@ public struct SplitQueue: Virtqueue, ~Copyable, @unchecked Sendable {
     return unsafe SharedWord.load16(available) & Self.flagNoInterrupt == 0
   }
 
+  /// With event indices the kick comes with the next chain that the driver makes available: also for whom those that
+  /// are there are too few.
   public mutating func askForKicks(_ memory: GuestMemory.Reference) -> Bool {
-    if features.contains(.eventIndex) {
-      setAvailableEvent(nextAvailable, memory)
-    } else {
+    guard features.contains(.eventIndex) else {
       setUsedFlags(0, memory)
+      atomicMemoryFence(ordering: .sequentiallyConsistent)
+      return unsafe inFlight.hasAgain || SharedWord.load16Acquiring(available + 2) != nextAvailable
     }
-    atomicMemoryFence(ordering: .sequentiallyConsistent)
-    return unsafe inFlight.hasAgain || SharedWord.load16Acquiring(available + 2) != nextAvailable
+    var index = unsafe SharedWord.load16Acquiring(available + 2)
+    // Each further look takes another chain from the driver, which has no more than the ring.
+    for _ in 0...size {
+      setAvailableEvent(index, memory)
+      atomicMemoryFence(ordering: .sequentiallyConsistent)
+      let now = unsafe SharedWord.load16Acquiring(available + 2)
+      if now == index { break }
+      index = now
+    }
+    return inFlight.hasAgain || index != nextAvailable
   }
 
   /// With event indices there is no "never": the index just passed comes again after 65,536 chains.

@@ -21,12 +21,17 @@ struct GuestSource: ~Copyable {
   /// The next of them to pass on.
   private var nextSingle = 0
   private var passedOfTurn = 0
+  /// Turns that it is not tried in, as what comes does not go to guests.
+  private var pause: UInt8 = 0
+  private static let pauseTurns: UInt8 = 15
   /// Whether all that was there a moment ago was passed on.
   private var isEmptied = false
   /// By frame under way, what names its chain; or where that stands in the order.
   private var tokens: FixedArray<VirtioChain.Token>
   private var turns: FixedArray<UInt32>
-  /// Where chains go back in the order in which they came: those that may not yet.
+  /// Where chains go back in the order in which they came: those that may not yet. That is where the guest wants it so,
+  /// and where nothing else tells a process that takes this one's place which chains were under way: those behind the
+  /// last that went back.
   private var order: ChainOrder
   private let keepsOrder: Bool
   /// By frame under way, whether its chain went back already.
@@ -49,7 +54,9 @@ struct GuestSource: ~Copyable {
     self.hasCall = hasCall
     tokens = FixedArray(repeating: chain.token, count: count)
     turns = FixedArray(repeating: 0, count: count)
-    keepsOrder = unsafe ring.ring._withUnsafeGuaranteedRef { $0.features.contains(.inOrder) }
+    keepsOrder = unsafe ring.ring._withUnsafeGuaranteedRef {
+      unsafe $0.features.contains(.inOrder) || $0.inFlight == nil
+    }
     let chainsMax = unsafe ring.ring._withUnsafeGuaranteedRef { $0.areas.size }
     order = ChainOrder(capacity: keepsOrder ? chainsMax : 0, filler: chain.token)
     isCopied = FixedArray(repeating: false, count: count)
@@ -68,6 +75,10 @@ struct GuestSource: ~Copyable {
     singles.count = 0
     passedOfTurn = 0
     isEmptied = false
+    guard pause == 0 else {
+      pause -= 1
+      return
+    }
     guard !end.hasBegun else { return }
     isEmptied = !queue.take(memory, upTo: most, into: &singles)
   }
@@ -115,6 +126,7 @@ struct GuestSource: ~Copyable {
     if nextSingle < singles.count {
       queue.giveBack(last: singles.count - nextSingle)
       isEmptied = false
+      if nextSingle == 0 { pause = Self.pauseTurns }
     }
     singles.count = 0
   }
@@ -241,9 +253,10 @@ struct GuestSource: ~Copyable {
     if end.hasBegun { end.isKickEnded = true }
     return end.hasBegun
   }
+  /// What is no eventfd may end in ways that would be none of the ring's: the ring ends all the same.
   mutating func kickEnded(_ error: Int32) {
     end.isKickEnded = true
-    end.begin(error)
+    end.begin(error == ECANCELED ? error : EPROTO)
   }
 
   /// Whether its end is about to be told: nobody else would wake the worker for it.
