@@ -72,6 +72,7 @@ private struct Exercise<Queue: Virtqueue & ~Copyable, Driver: VirtioDriver>: ~Co
   }
 
   mutating func offer() {
+    let before = offered.count
     for _ in 0..<number(1...4) {
       let isIndirect = features.contains(.indirectDescriptors) && number(0...2) == 0
       // No chain is longer than the ring, and no table either.
@@ -89,7 +90,7 @@ private struct Exercise<Queue: Virtqueue & ~Copyable, Driver: VirtioDriver>: ~Co
           identifier: identifier, buffers: buffers, weight: driver.weight(of: identifier), isIndirect: isIndirect))
     }
     let mustKick = driver.mustKick()
-    if isArmed, !offered.isEmpty { #expect(mustKick, "the driver kicks a device that asked for it") }
+    if isArmed, offered.count > before { #expect(mustKick, "the driver kicks a device that asked for it") }
     if mustKick {
       kickCount += 1
       isArmed = false
@@ -222,7 +223,8 @@ private struct Exercise<Queue: Virtqueue & ~Copyable, Driver: VirtioDriver>: ~Co
     } else {
       let isThere = queue.askForKicks(guest.memory.reference)
       #expect(isThere == !offered.isEmpty, "what came before the driver could see the wish is told")
-      isArmed = !isThere
+      // Also where chains are there: they may be too few for who asks.
+      isArmed = true
     }
     _ = driver.mustKick()
   }

@@ -67,7 +67,8 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
         let queue = try GuestQueue(ring)
         owners[source] = UInt16(frames.owner)
         let count = min(ring.areas.size, frames.memory.bufferCount)
-        frames.memory.reference.underWayMax = count
+        // Where chains go back in order, one that waits keeps all behind it: none may wait for a stuck lane.
+        frames.memory.reference.underWayMax = ring.features.contains(.inOrder) ? min(count, 3) : count
         sources[source] = GuestSource(
           reference, queue, frames: frames.memory.reference, count: count, owner: frames.owner,
           memory: ring.memory.reference, hasCall: ring.call >= 0, hasKick: ring.kick >= 0)

@@ -29,9 +29,7 @@ struct GuestSource: ~Copyable {
   /// By frame under way, what names its chain; or where that stands in the order.
   private var tokens: FixedArray<VirtioChain.Token>
   private var turns: FixedArray<UInt32>
-  /// Where chains go back in the order in which they came: those that may not yet. That is where the guest wants it so,
-  /// and where nothing else tells a process that takes this one's place which chains were under way: those behind the
-  /// last that went back.
+  /// Where chains go back in the order in which they came: those that may not yet.
   private var order: ChainOrder
   private let keepsOrder: Bool
   /// By frame under way, whether its chain went back already.
@@ -54,9 +52,7 @@ struct GuestSource: ~Copyable {
     self.hasCall = hasCall
     tokens = FixedArray(repeating: chain.token, count: count)
     turns = FixedArray(repeating: 0, count: count)
-    keepsOrder = unsafe ring.ring._withUnsafeGuaranteedRef {
-      unsafe $0.features.contains(.inOrder) || $0.inFlight == nil
-    }
+    keepsOrder = unsafe ring.ring._withUnsafeGuaranteedRef { $0.features.contains(.inOrder) }
     let chainsMax = unsafe ring.ring._withUnsafeGuaranteedRef { $0.areas.size }
     order = ChainOrder(capacity: keepsOrder ? chainsMax : 0, filler: chain.token)
     isCopied = FixedArray(repeating: false, count: count)
