@@ -12,10 +12,10 @@ let own: [SwiftSetting] = [
 let package = Package(
   name: "vnetr",
   products: [
-    .executable(name: "vnetr", targets: ["vnetr"]),
-    .library(name: "Datapath", targets: ["Datapath"]),
-    .library(name: "SimulatedKernel", targets: ["SimulatedKernel"]),
-    .library(name: "FuzzEntry", targets: ["FuzzEntry"]),
+    Product.executable(name: "vnetr", targets: ["vnetr"]),
+    Product.library(name: "Datapath", targets: ["Datapath"]),
+    Product.library(name: "SimulatedKernel", targets: ["SimulatedKernel"]),
+    Product.library(name: "FuzzEntry", targets: ["FuzzEntry"]),
   ],
   dependencies: [
     .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
