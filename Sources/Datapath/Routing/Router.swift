@@ -110,17 +110,14 @@ public struct Router: ~Copyable {
     // Before the lookups: what changes after this moment changes the generation.
     let generation = macs.generation
     let key = CacheKey(source: source, destination: destination, ingress: ingress, domain: domain)
-    if cacheEnabled {
-      let entry = cache[key.place]
-      if entry.key == key, entry.generation == generation, entry.second == now.seconds {
-        switch entry.outcome {
-        case .unicast(let egress): return Decision(.unicast(egress), entry.learned)
-        case .drop(let reason): return Decision(.drop(reason), entry.learned)
-        case .members:
-          let set = view.floodSet(domain: domain, ingress: ingress)
-          return limit(Decision(.flood(set), entry.learned), domain, frames, now)
-        case .routes: return limit(Decision(.flood(cachedTargets[key.place]), entry.learned), domain, frames, now)
-        }
+    if cacheEnabled, let entry = cached(key, generation, now) {
+      switch entry.outcome {
+      case .unicast(let egress): return Decision(.unicast(egress), entry.learned)
+      case .drop(let reason): return Decision(.drop(reason), entry.learned)
+      case .members:
+        let set = view.floodSet(domain: domain, ingress: ingress)
+        return limit(Decision(.flood(set), entry.learned), domain, frames, now)
+      case .routes: return limit(Decision(.flood(cachedTargets[key.place]), entry.learned), domain, frames, now)
       }
     }
     if cacheEnabled {
@@ -138,11 +135,17 @@ public struct Router: ~Copyable {
   ) -> InterfaceIndex {
     guard let macs = view.macs(of: domain) else { return .none }
     let key = CacheKey(source: source, destination: destination, ingress: ingress, domain: domain)
-    let entry = cache[key.place]
-    guard entry.key == key, entry.generation == macs.generation, entry.second == now.seconds,
-      entry.learned.counter == nil, case .unicast(let egress) = entry.outcome
+    guard let entry = cached(key, macs.generation, now), entry.learned.counter == nil,
+      case .unicast(let egress) = entry.outcome
     else { return .none }
     return egress
+  }
+
+  /// What was decided for a pair of addresses, in this second and under this generation.
+  @inline(__always)
+  private func cached(_ key: CacheKey, _ generation: UInt32, _ now: TurnClock) -> CacheEntry? {
+    let entry = cache[key.place]
+    return entry.key == key && entry.generation == generation && entry.second == now.seconds ? entry : nil
   }
 
   /// The short way of most frames that the cache does not have: from a known source to a known destination elsewhere.
