@@ -79,13 +79,16 @@ public struct CounterTable: ~Copyable {
   /// A frame came in by an interface of a domain.
   @inline(__always)
   func countIn(_ descriptor: Descriptor) {
-    let frames = Int(descriptor.wireFrames)
-    let counters = self[descriptor.ingress].counters
-    counters.add(.inFrames, frames)
-    counters.add(.inBytes, Int(descriptor.length))
-    guard let domain = self[descriptor.domain] else { return }
-    domain.add(.inFrames, frames)
-    domain.add(.inBytes, Int(descriptor.length))
+    countIn(
+      Int(descriptor.wireFrames), bytes: Int(descriptor.length), self[descriptor.ingress], self[descriptor.domain])
+  }
+
+  @inline(__always)
+  private func countIn(_ frames: Int, bytes: Int, _ ingress: InterfaceRecord, _ domain: CounterBlock.Writer?) {
+    ingress.counters.add(.inFrames, frames)
+    ingress.counters.add(.inBytes, bytes)
+    domain?.add(.inFrames, frames)
+    domain?.add(.inBytes, bytes)
   }
 
   /// The kernel, or a guest, took a frame.
@@ -95,13 +98,15 @@ public struct CounterTable: ~Copyable {
   /// The same, where the egress' record is at hand.
   @inline(__always)
   func countOut(_ descriptor: Descriptor, _ egress: InterfaceRecord) {
-    let frames = Int(descriptor.wireFrames)
-    let counters = egress.counters
-    counters.add(.outFrames, frames)
-    counters.add(.outBytes, Int(descriptor.length))
-    guard let domain = self[descriptor.domain] else { return }
-    domain.add(.outFrames, frames)
-    domain.add(.outBytes, Int(descriptor.length))
+    countOut(Int(descriptor.wireFrames), bytes: Int(descriptor.length), egress, self[descriptor.domain])
+  }
+
+  @inline(__always)
+  private func countOut(_ frames: Int, bytes: Int, _ egress: InterfaceRecord, _ domain: CounterBlock.Writer?) {
+    egress.counters.add(.outFrames, frames)
+    egress.counters.add(.outBytes, bytes)
+    domain?.add(.outFrames, frames)
+    domain?.add(.outBytes, bytes)
   }
 
   /// Frames came in by one guest's port, and another guest took them.
@@ -109,17 +114,9 @@ public struct CounterTable: ~Copyable {
   func countPassed(
     _ run: PassedFrames, from ingress: InterfaceIndex, to egress: InterfaceRecord, _ domain: DomainIndex
   ) {
-    let counters = self[ingress].counters
-    counters.add(.inFrames, run.frames)
-    counters.add(.inBytes, run.bytes)
+    countIn(run.frames, bytes: run.bytes, self[ingress], self[domain])
     egress.counters.add(.offeredFrames, run.frames)
-    egress.counters.add(.outFrames, run.frames)
-    egress.counters.add(.outBytes, run.bytes)
-    guard let domain = self[domain] else { return }
-    domain.add(.inFrames, run.frames)
-    domain.add(.inBytes, run.bytes)
-    domain.add(.outFrames, run.frames)
-    domain.add(.outBytes, run.bytes)
+    countOut(run.frames, bytes: run.bytes, egress, self[domain])
   }
 
   /// The kernel took a train.
