@@ -50,20 +50,10 @@ struct GuestLane: ~Copyable {
   mutating func deliver(
     _ header: SendPool.Header, _ frame: Descriptor, _ frames: borrowing FrameMemory
   ) -> Bool {
-    if nextSingle == singles.count { takeSingles() }
-    guard nextSingle < singles.count else { return deliverPieces(header, frame, frames) }
-    let single = singles[nextSingle]
-    let bytes = OffloadHeader.bytes + Int(frame.length)
-    guard single.isWritable, bytes <= Int(single.bytes) else { return deliverPieces(header, frame, frames) }
-    nextSingle &+= 1
-    // The last two bytes are num_buffers (virtio 1.2 §5.1.6.4): 1, whether buffers merge or not.
-    unsafe single.place.storeBytes(of: header.first, as: UInt64.self)
-    unsafe single.place.storeBytes(
-      of: UInt32(truncatingIfNeeded: header.second) & 0xFFFF | 1 << 16, toByteOffset: 8, as: UInt32.self)
-    unsafe frames.copy(frame, to: single.place + OffloadHeader.bytes)
-    single.markDirty(memory, bytes: bytes)
-    queue.complete(single.token, writtenBytes: bytes)
-    hasCompleted = true
+    guard let buffer = nextBuffer(frameBytes: Int(frame.length)) else { return deliverPieces(header, frame, frames) }
+    unsafe Self.writeHeader(header, to: buffer.place)
+    unsafe frames.copy(frame, to: buffer.place + OffloadHeader.bytes)
+    finish(buffer, frameBytes: Int(frame.length))
     return true
   }
 
@@ -74,22 +64,42 @@ struct GuestLane: ~Copyable {
   /// - Returns: whether it did; if not, nothing was taken.
   @unsafe @inline(__always)
   mutating func deliver(_ addresses: FrameAddresses, _ frame: UnsafeRawPointer, frameBytes: Int) -> Bool {
-    if nextSingle == singles.count { takeSingles() }
-    guard nextSingle < singles.count else { return false }
-    let single = singles[nextSingle]
-    let bytes = OffloadHeader.bytes &+ frameBytes
-    guard single.isWritable, bytes <= Int(single.bytes) else { return false }
-    nextSingle &+= 1
-    unsafe single.place.storeBytes(of: 0, as: UInt64.self)
-    unsafe single.place.storeBytes(of: 1 << 16, toByteOffset: 8, as: UInt32.self)
-    let place = unsafe single.place + OffloadHeader.bytes
+    guard let buffer = nextBuffer(frameBytes: frameBytes) else { return false }
+    unsafe Self.writeHeader(SendPool.Header(count: OffloadHeader.bytes), to: buffer.place)
+    let place = unsafe buffer.place + OffloadHeader.bytes
     unsafe addresses.write(to: place)
     unsafe clinux_copy(
       place + FrameAddresses.bytes, frame + FrameAddresses.bytes, frameBytes &- FrameAddresses.bytes)
-    single.markDirty(memory, bytes: bytes)
-    queue.complete(single.token, writtenBytes: bytes)
-    hasCompleted = true
+    finish(buffer, frameBytes: frameBytes)
     return true
+  }
+
+  /// The next buffer, in one piece; nil where there is none, or it has no room for a frame of so many bytes.
+  @inline(__always)
+  private mutating func nextBuffer(frameBytes: Int) -> VirtioSingle? {
+    if nextSingle == singles.count { takeSingles() }
+    guard nextSingle < singles.count else { return nil }
+    let single = singles[nextSingle]
+    guard single.isWritable, OffloadHeader.bytes &+ frameBytes <= Int(single.bytes) else { return nil }
+    nextSingle &+= 1
+    return single
+  }
+
+  /// Of a frame in one buffer. The last two bytes are num_buffers (virtio 1.2 §5.1.6.4): 1, whether buffers merge or
+  /// not.
+  @unsafe @inline(__always)
+  private static func writeHeader(_ header: SendPool.Header, to place: UnsafeMutableRawPointer) {
+    unsafe place.storeBytes(of: header.first, as: UInt64.self)
+    unsafe place.storeBytes(
+      of: UInt32(truncatingIfNeeded: header.second) & 0xFFFF | 1 << 16, toByteOffset: 8, as: UInt32.self)
+  }
+
+  @inline(__always)
+  private mutating func finish(_ buffer: VirtioSingle, frameBytes: Int) {
+    let bytes = OffloadHeader.bytes &+ frameBytes
+    buffer.markDirty(memory, bytes: bytes)
+    queue.complete(buffer.token, writtenBytes: bytes)
+    hasCompleted = true
   }
 
   private mutating func takeSingles() {
