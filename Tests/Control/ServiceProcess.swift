@@ -1,4 +1,5 @@
 import Glibc
+import TestSupport
 import Testing
 
 @testable import Control
@@ -105,21 +106,13 @@ final class ServiceProcess {
     unsafe posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0)
     unsafe posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, files[1], O_WRONLY | O_APPEND, 0)
     unsafe posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, files[2], O_WRONLY | O_APPEND, 0)
-    // The test runner blocks and ignores signals for its own ends.
-    var attributes = posix_spawnattr_t()
-    unsafe posix_spawnattr_init(&attributes)
-    defer { unsafe posix_spawnattr_destroy(&attributes) }
-    var none = sigset_t()
-    var all = sigset_t()
-    unsafe sigemptyset(&none)
-    unsafe sigfillset(&all)
-    unsafe posix_spawnattr_setsigmask(&attributes, &none)
-    unsafe posix_spawnattr_setsigdefault(&attributes, &all)
-    unsafe posix_spawnattr_setflags(&attributes, Int16(POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF))
     let arguments = [BuiltCommand.path, "run", "--config", files[0]] + flags
     var vector = unsafe arguments.map { unsafe strdup($0) } + [nil]
     defer { for index in unsafe vector.indices { unsafe free(vector[index]) } }
-    try #require(unsafe posix_spawn(&process, BuiltCommand.path, &actions, &attributes, &vector, environ) == 0)
+    let status = unsafe withCleanSignals { attributes in
+      unsafe posix_spawn(&process, BuiltCommand.path, &actions, attributes, &vector, environ)
+    }
+    try #require(status == 0)
     isOver = false
     let isReady = eventually { !isRunning || log.contains(" ready") }
     try #require(isReady && isRunning, "\(log)")

@@ -1,4 +1,5 @@
 import Glibc
+import TestSupport
 
 /// A failure of the lab itself, or of a command that a test needs to succeed.
 struct LabError: Error, CustomStringConvertible {
@@ -79,23 +80,6 @@ final class ChildProcess {
     unsafe posix_spawn_file_actions_adddup2(&actions, output.descriptor, 1)
     unsafe posix_spawn_file_actions_adddup2(&actions, errors.descriptor, 2)
 
-    // The test runner blocks and ignores signals for its own ends: a child starts with none blocked or ignored.
-    var attributes = posix_spawnattr_t()
-    unsafe posix_spawnattr_init(&attributes)
-    defer { unsafe posix_spawnattr_destroy(&attributes) }
-    var none = sigset_t()
-    var all = sigset_t()
-    unsafe sigemptyset(&none)
-    unsafe sigfillset(&all)
-    unsafe posix_spawnattr_setsigmask(&attributes, &none)
-    unsafe posix_spawnattr_setsigdefault(&attributes, &all)
-    var flags = POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF
-    if ownTerminalGroup {
-      flags |= POSIX_SPAWN_SETPGROUP
-      unsafe posix_spawnattr_setpgroup(&attributes, 0)
-    }
-    unsafe posix_spawnattr_setflags(&attributes, Int16(flags))
-
     let added = environment.map { "\($0.key)=\($0.value)" }
     let inherited = currentEnvironment().filter { line in
       !environment.keys.contains { line.hasPrefix("\($0)=") }
@@ -103,7 +87,9 @@ final class ChildProcess {
     var child: pid_t = 0
     let status = unsafe withCStrings(arguments) { argv in
       unsafe withCStrings(inherited + added) { envp in
-        unsafe posix_spawnp(&child, argv[0]!, &actions, &attributes, argv, envp)
+        unsafe withCleanSignals(ownGroup: ownTerminalGroup) { attributes in
+          unsafe posix_spawnp(&child, argv[0]!, &actions, attributes, argv, envp)
+        }
       }
     }
     guard status == 0 else { throw LabError("cannot start \(arguments.joined(separator: " ")): \(errorText(status))") }
