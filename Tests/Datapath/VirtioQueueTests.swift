@@ -379,8 +379,12 @@ struct VirtioQueueTests {
     var chain = VirtioChain()
     var offered: [UInt16] = []
     var givenTotal = 0
+    var begunCount = 0
     for _ in 0..<300 {
       var queue = try PackedQueue(driver.areas, features: [], base: 0x8000_8000)
+      queue.publish(guest.memory.reference)
+      while driver.reap() != nil {}
+      try #require(driver.freePlaces == size - offered.count)
       for _ in 0..<Int.random(in: 0...driver.freePlaces, using: &random) {
         offered.append(driver.offer([VirtioBuffer.random(&random, isWritable: false)], isIndirect: false))
       }
@@ -405,7 +409,18 @@ struct VirtioQueueTests {
       queue.publish(guest.memory.reference)
       while driver.reap() != nil {}
       try #require(driver.freePlaces == size - offered.count)
+      // A batch may be begun.
+      let begun = Int.random(in: 0...taken - given, using: &random)
+      guard begun > 0, (givenTotal + begun) % size != size - 1 else { continue }
+      for token in tokens[given..<given + begun] {
+        queue.complete(token, writtenBytes: 0)
+        offered.removeFirst()
+      }
+      givenTotal += begun
+      begunCount += 1
+      try #require(driver.reap() == nil)
     }
+    #expect(size == 1 || begunCount > 20)
   }
 
   @Test("a packed ring with chains of several places goes on at the base that it is told")

@@ -35,6 +35,9 @@ public struct PackedQueue: Virtqueue, ~Copyable, @unchecked Sendable {
   /// The available bit is 1 << 7, the used bit 1 << 15.
   private static var ownershipBits: UInt16 { 0x8080 }
   private static var usedBit: UInt16 { 0x8000 }
+  /// Reserved (virtio 1.2 §2.8.13), and no driver's: of the first place of a batch that is completed and not published,
+  /// for a device that takes this one's place.
+  private static var stagedBit: UInt16 { 1 << 12 }
   private static func availableBits(wrap: Bool) -> UInt16 { wrap ? 0x0080 : 0x8000 }
   private static func usedBits(wrap: Bool) -> UInt16 { wrap ? 0x8080 : 0 }
 
@@ -75,38 +78,60 @@ public struct PackedQueue: Virtqueue, ~Copyable, @unchecked Sendable {
   /// A frontend whose device died may not know where the queue stands: QEMU then says again where it began. Where the
   /// ring contradicts that, and has chains of one place only, it tells itself: the used bit of the places that were
   /// given back in this round is another than that of the rest. What was taken and not given back is taken again.
+  ///
+  /// A device that died in the midst of a batch left the batch's first place marked, and later ones as used, which the
+  /// driver does not see before the first: that batch is published next.
   private mutating func goOnWhereRingSays() {
-    let ring = unsafe descriptors
-    func flags(_ index: Int) -> UInt16 {
-      unsafe SharedWord.load16(ring + VirtioDescriptor.bytes * index + 14) & Self.ownershipBits
-    }
     let isBeginning = nextUsed == 0 && usedBits != 0 && takenPlaces == 0
     let bits = usedBits
     let used = nextUsed
+    let staged = (0..<size).first { flags($0) & Self.stagedBit != 0 }
     let isContradicted = (0..<size).contains { index in
       // On a new ring no used bit was ever set. On another nothing from the next used place on was given back in this
       // round, and nothing before it in the last one: the driver wrote to it since.
       isBeginning
-        ? flags(index) & Self.usedBit != 0 : flags(index) == (index < used ? bits ^ Self.ownershipBits : bits)
+        ? isMarkedUsed(index)
+        : flags(index) & Self.ownershipBits == (index < used ? bits ^ Self.ownershipBits : bits)
     }
-    guard isContradicted else { return }
-    let isUsed = flags(0) & Self.usedBit != 0
-    let place = (0..<size).first { (flags($0) & Self.usedBit != 0) != isUsed }
+    guard isContradicted || staged != nil else { return }
+    // The rest of a chain that was given back looks like a chain that is available; a last place may be such a rest.
+    guard !(0..<size).contains(where: { flags($0) & VirtioDescriptor.next != 0 }) else { return }
+    if let staged { return goOn(behind: staged) }
+    let isUsed = isMarkedUsed(0)
+    let place = (0..<size).first { isMarkedUsed($0) != isUsed }
     // All the same: the round just ended.
     let wrap = place == nil ? !isUsed : isUsed
-    guard !((place ?? size)..<size).contains(where: { (flags($0) & Self.usedBit != 0) == isUsed }) else { return }
-    // The rest of a chain that was given back looks like a chain that is available; a last place may be such a rest.
-    let hasLongChains = (0..<size).contains { index in
-      let flags = unsafe SharedWord.load16(ring + VirtioDescriptor.bytes * index + 14)
-      return flags & VirtioDescriptor.next != 0
-    }
-    guard !hasLongChains, !(isBeginning && !wrap && place == size - 1) else { return }
-    nextUsed = place ?? 0
+    guard !((place ?? size)..<size).contains(where: { isMarkedUsed($0) == isUsed }) else { return }
+    guard !(isBeginning && !wrap && place == size - 1) else { return }
+    goOn(at: place ?? 0, wrap: wrap)
+  }
+
+  private mutating func goOn(at place: Int, wrap: Bool) {
+    nextUsed = place
     usedBits = Self.usedBits(wrap: wrap)
-    nextAvailable = nextUsed
+    nextAvailable = place
     availableBits = Self.availableBits(wrap: wrap)
     takenPlaces = 0
   }
+
+  /// - Parameter place: of the chain that a batch begins with, which is completed again.
+  private mutating func goOn(behind place: Int) {
+    let wrap = flags(place) & Self.availableBits(wrap: true) != 0
+    stagedFirst = place
+    stagedFlags = Self.usedBits(wrap: wrap) | flags(place) & VirtioDescriptor.write
+    stagedPlaces = 1
+    func isGivenBack(_ distance: Int) -> Bool {
+      let isNextRound = place + distance >= size
+      let index = isNextRound ? place + distance - size : place + distance
+      return flags(index) & Self.ownershipBits == Self.usedBits(wrap: wrap != isNextRound)
+    }
+    while stagedPlaces < size, isGivenBack(stagedPlaces) { stagedPlaces += 1 }
+    let isNextRound = place + stagedPlaces >= size
+    goOn(at: isNextRound ? place + stagedPlaces - size : place + stagedPlaces, wrap: wrap != isNextRound)
+  }
+
+  private func flags(_ index: Int) -> UInt16 { unsafe SharedWord.load16(place(index) + 14) }
+  private func isMarkedUsed(_ index: Int) -> Bool { flags(index) & Self.usedBit != 0 }
 
   private var availableHalf: UInt32 {
     UInt32(truncatingIfNeeded: nextAvailable) | (availableBits == Self.availableBits(wrap: true) ? 1 << 15 : 0)
@@ -125,6 +150,7 @@ public struct PackedQueue: Virtqueue, ~Copyable, @unchecked Sendable {
     var stand = InFlightNotes.PackedPlace(used: nextUsed, usedWrap: usedBits != 0, takenPlaces: takenPlaces)
     inFlight = unsafe try InFlightNotes.packed(region, size: size, ring: descriptors, &stand)
     guard !isNew else { return 0 }
+    stagedPlaces = 0
     nextUsed = stand.used
     usedBits = Self.usedBits(wrap: stand.usedWrap)
     nextAvailable = stand.used
@@ -344,17 +370,16 @@ public struct PackedQueue: Virtqueue, ~Copyable, @unchecked Sendable {
     takenPlaces -= Int(token.places)
     let place = unsafe place(nextUsed)
     let bytes = UInt32(clamping: writtenBytes)
-    let flags = usedBits | (writtenBytes > 0 ? VirtioDescriptor.write : 0)
-    // The driver looks at a place only when it has seen the one before: without the first flags it sees none.
+    var flags = usedBits | (writtenBytes > 0 ? VirtioDescriptor.write : 0)
+    // The driver looks at a place only when it has seen the one before: while the first is not marked as used it sees
+    // none.
     if stagedPlaces == 0 {
-      unsafe SharedWord.store32(bytes, at: place + 8)
-      unsafe SharedWord.store16(token.identifier, at: place + 12)
       stagedFirst = nextUsed
       stagedFlags = flags
-    } else {
-      unsafe SharedWord.store64(
-        UInt64(bytes) | UInt64(token.identifier) << 32 | UInt64(flags) << 48, at: place + 8)
+      flags = flags ^ Self.usedBit | Self.stagedBit
     }
+    unsafe SharedWord.store64(
+      UInt64(bytes) | UInt64(token.identifier) << 32 | UInt64(flags) << 48, at: place + 8)
     stagedPlaces &+= Int(token.places)
     nextUsed &+= Int(token.places)
     if nextUsed >= size {

@@ -18,6 +18,8 @@ struct GuestQueue: ~Copyable {
       var queue = try PackedQueue(ring.areas, features: ring.features, base: ring.base)
       if let region = unsafe ring.inFlight { _ = unsafe try queue.trackInFlight(region) }
       queue.logWrites(ring.logAddresses)
+      // What a device before began to give back.
+      queue.publish(ring.memory.reference)
       packed.append(queue)
     }
     self.split = split
