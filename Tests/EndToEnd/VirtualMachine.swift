@@ -122,8 +122,8 @@ extension EndToEnd {
 
     @Test(
       "a forwarder is killed and started anew, and a virtual machine's connection goes on",
-      arguments: [[], ["--layout", "pipeline"]] as [[String]])
-    func restartedForwarder(flags: [String]) throws {
+      arguments: [[], ["--layout", "pipeline"]] as [[String]], [false, true])
+    func restartedForwarder(flags: [String], isPacked: Bool) throws {
       try withLab { lab in
         let hosts = try lab.hosts(2)
         let socket = lab.socketPath("vm1")
@@ -131,7 +131,7 @@ extension EndToEnd {
         let guest = far.guests[0]
         let configuration = NodeConfiguration(hosts[0], among: hosts, ports: [.vhostUser("vm1", socket)])
         let first = try lab.node(hosts[0], configuration, guests: [], flags: flags)
-        let machine = try Machine(on: hosts[0], number: 1, .vhostUser(socket, isPacked: false, .reconnects))
+        let machine = try Machine(on: hosts[0], number: 1, .vhostUser(socket, isPacked: isPacked, .reconnects))
         try machine.awaitBoot()
         try machine.expectPings(guest)
         let stream = try RunningStream(from: guest, echoedBy: machine, seed: 1)

@@ -90,6 +90,7 @@ struct Relay: ~Copyable {
     case .writable:
       lanes[index].isBlocked = false
       if event.error != 0 { lanes[index].isGone = true }
+    case .stuck: preconditionFailure("the kernel says nothing of that kind")
     }
   }
 

@@ -46,10 +46,12 @@ struct TransmitStage: ~Copyable {
     /// `refusedSecond` on.
     var trainSegmentBytesMax = UInt32.max
     var refusedSecond: UInt32 = 0
-    /// How often control had it looked at since it was full.
+    /// How often in a row control had it looked at while it was full and had taken nothing since the look before.
     var looks: UInt8 = 0
-    /// Whether it was full for a second at least.
-    var isStuck: Bool { looks > 1 }
+    var hasTaken = false
+    /// Whether it took nothing for a second at least, or its I/O said so: until it is found to take frames again.
+    var isStuck: Bool { looks >= Self.looksWhenStuck }
+    static var looksWhenStuck: UInt8 { 2 }
   }
   enum State: UInt8, BitwiseCopyable {
     case closed
@@ -514,8 +516,7 @@ struct TransmitStage: ~Copyable {
       guard lanes[index].state == .open else { return nil }
       counters.worker.add(.laneBlocks)
       lanes[index].state = .blocked
-      lanes[index].looks = 0
-      if looksForLeaving > 0 { dropWaiting(at: index, &memory, counters) }
+      if looksForLeaving > 0 || lanes[index].isStuck { dropWaiting(at: index, &memory, counters) }
       io.awaitWritable(index)
       return nil
     case EINTR:
@@ -562,10 +563,23 @@ struct TransmitStage: ~Copyable {
   mutating func dropWaiting(isSecondOver: Bool, _ memory: inout FrameMemory, _ counters: borrowing CounterTable) {
     // What of that ring is still on its way here is looked for until the second look from now.
     looksForLeaving = isSecondOver ? looksForLeaving - min(1, looksForLeaving) : 2
-    for index in 0..<lanes.count where lanes[index].state == .blocked {
-      if isSecondOver, !lanes[index].isStuck { lanes[index].looks += 1 }
-      dropWaiting(at: index, &memory, counters)
+    for index in 0..<lanes.count {
+      let isBlocked = lanes[index].state == .blocked
+      if isSecondOver {
+        let takesNothing = isBlocked && !lanes[index].hasTaken
+        lanes[index].looks = takesNothing ? min(lanes[index].looks + 1, Lane.looksWhenStuck) : 0
+        lanes[index].hasTaken = false
+      }
+      if isBlocked { dropWaiting(at: index, &memory, counters) }
     }
+  }
+
+  /// A full lane takes nothing for longer than its I/O has patience.
+  mutating func stuck(_ event: IOEvent, _ memory: inout FrameMemory, _ counters: borrowing CounterTable) {
+    let index = Int(event.index)
+    guard lanes[index].state == .blocked else { return }
+    lanes[index].looks = Lane.looksWhenStuck
+    dropWaiting(at: index, &memory, counters)
   }
 
   private mutating func dropWaiting(
@@ -595,7 +609,7 @@ struct TransmitStage: ~Copyable {
     let index = Int(event.index)
     guard lanes[index].state == .blocked else { return }
     lanes[index].state = .open
-    lanes[index].looks = 0
+    lanes[index].hasTaken = true
     if lanes[index].count > 0 { markDirty(index) }
   }
 

@@ -132,6 +132,7 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
       case .received: receive.take(event, &memory, counters, into: &received)
       case .sent: report(transmit.finished(event, &io, &memory, counters))
       case .writable: transmit.writable(event)
+      case .stuck: transmit.stuck(event, &memory, counters)
       case .receiveEnded: report(receive.ended(event, &io, &memory, counters))
       case .woken:
         isWoken = true

@@ -130,6 +130,8 @@ public struct IOEvent: BitwiseCopyable, Sendable {
     case sent
     /// `lane` takes frames again; `error` tells when the device is gone instead.
     case writable
+    /// `lane` awaits that, and it takes long.
+    case stuck
     /// Control wrote to the waker.
     case woken
   }

@@ -21,7 +21,7 @@ public final class ForeignMemory: @unchecked Sendable {
   fileprivate let headers: UnsafeMutableRawPointer
   fileprivate let returned: UnsafeMutablePointer<UInt32>
   fileprivate let returnedCount: UnsafeMutablePointer<Int>
-  fileprivate let underWayMax: Atomic<Int>
+  fileprivate let waitingMax: Atomic<Int>
   public let bufferCount: Int
 
   @unsafe
@@ -41,7 +41,7 @@ public final class ForeignMemory: @unchecked Sendable {
     unsafe returned.initialize(repeating: 0, count: bufferCount)
     unsafe returnedCount = .allocate(capacity: 1)
     unsafe returnedCount.initialize(to: 0)
-    underWayMax = Atomic(bufferCount)
+    waitingMax = Atomic(bufferCount / 4)
   }
 
   deinit {
@@ -52,7 +52,7 @@ public final class ForeignMemory: @unchecked Sendable {
   }
 
   /// Control: from now on no buffer may wait for a full lane, until the memory is brought from anew.
-  public func endWaiting() { underWayMax.store(-1, ordering: .relaxed) }
+  public func endWaiting() { waitingMax.store(-1, ordering: .relaxed) }
 
   public var reference: Reference { unsafe Reference(memory: Unmanaged.passUnretained(self)) }
 
@@ -182,12 +182,12 @@ public final class ForeignMemory: @unchecked Sendable {
       }
     }
 
-    /// How many buffers may be under way at once, at most `bufferCount`; -1 where none may wait any more. To be set
-    /// while none is, by the worker that brings them.
-    var underWayMax: Int {
-      get { unsafe memory!._withUnsafeGuaranteedRef { $0.underWayMax.load(ordering: .relaxed) } }
+    /// How many buffers of it a worker may have for one of them to wait for a lane that is stuck; -1 where none may
+    /// wait for any lane any more. To be set while none is under way, by the worker that brings them.
+    var waitingMax: Int {
+      get { unsafe memory!._withUnsafeGuaranteedRef { $0.waitingMax.load(ordering: .relaxed) } }
       nonmutating set {
-        unsafe memory!._withUnsafeGuaranteedRef { $0.underWayMax.store(newValue, ordering: .relaxed) }
+        unsafe memory!._withUnsafeGuaranteedRef { $0.waitingMax.store(newValue, ordering: .relaxed) }
       }
     }
 

@@ -376,15 +376,15 @@ public struct FrameMemory: ~Copyable, @unchecked Sendable {
   @inline(__always)
   mutating func brought(_ count: Int, of owner: Int) { foreign[owner].takenCount += count }
 
-  /// Whether a frame may wait for a full lane. Of a foreign memory a quarter may wait for one that is stuck: else a
+  /// Whether a frame may wait for a full lane. Of a foreign memory only a part may wait for one that is stuck: else a
   /// guest that takes nothing would keep all the frames that another may have under way, each in several places of its
   /// ring perhaps.
   @inline(__always)
   func mayWait(_ buffer: BufferReference, forStuckLane isStuck: Bool) -> Bool {
     guard buffer.isForeign else { return true }
     let owner = foreign[foreignOwner(buffer)]
-    let underWayMax = owner.memory.underWayMax
-    return underWayMax >= 0 && (!isStuck || owner.takenCount <= underWayMax / 4)
+    let waitingMax = owner.memory.waitingMax
+    return waitingMax >= 0 && (!isStuck || owner.takenCount <= waitingMax)
   }
 
   @inline(__always)

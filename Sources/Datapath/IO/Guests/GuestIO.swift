@@ -12,7 +12,7 @@ import Glibc
 /// To a guest: `deliver` copies a frame into buffers that the guest made available; the next `collect` shows them to
 /// it, all of a turn at once. Where it has none the frame is sent as to a socket: `send` copies each message of a
 /// chain, the `sent` event comes with the next `collect`; the chain stops as at a full socket, and `writable` comes
-/// when there are buffers.
+/// when there are buffers; `stuck` before it, where that takes more than 20 ms.
 ///
 /// While a worker polls, no guest kicks. Before it waits it asks all of them to, and looks a last time. A guest that
 /// cannot kick is looked at every 50 µs.
@@ -34,12 +34,19 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
   /// By lane: what its last chain came to, untold.
   private var results: FixedArray<DeliveryResult>
   private var resultCount = 0
+  /// By lane: whether buffers are awaited, and until when nobody is told that it takes long.
   private var awaitsWritable: FixedArray<Bool>
+  private var stuckFrom: FixedArray<UInt64>
   private var awaitCount = 0
+  /// Lanes of them of which it was not told yet.
+  private var patientCount = 0
   /// Frames that one ring may bring in one turn, so that others come to their turn.
   private let framesOfTurnMax: Int
   private var framesTaken = 0
   private static var pollNanoseconds: Int { 50_000 }
+  /// How long a guest may take nothing before frames stop to wait for it: longer than one that runs is away from its
+  /// processor, shorter than TCP waits for an answer (200 ms).
+  static var patienceNanoseconds: Int { 20_000_000 }
 
   init(_ kernel: consuming Kernel, sources sourceCount: Int, lanes laneCount: Int, framesOfTurnMax: Int) {
     self.kernel = kernel
@@ -55,6 +62,7 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
     guestLanes = FixedArray(repeating: 0, count: laneCount)
     results = FixedArray(repeating: DeliveryResult(), count: laneCount)
     awaitsWritable = FixedArray(repeating: false, count: laneCount)
+    stuckFrom = FixedArray(repeating: 0, count: laneCount)
   }
 
   // MARK: Rings
@@ -68,7 +76,7 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
         owners[source] = UInt16(frames.owner)
         let count = min(ring.areas.size, frames.memory.bufferCount)
         // Where chains go back in order, one that waits keeps all behind it: none may wait for a stuck lane.
-        frames.memory.reference.underWayMax = ring.features.contains(.inOrder) ? min(count, 3) : count
+        frames.memory.reference.waitingMax = ring.keepsOrder ? 0 : count / 4
         sources[source] = GuestSource(
           reference, queue, frames: frames.memory.reference, count: count, owner: frames.owner,
           memory: ring.memory.reference, hasCall: ring.call >= 0, hasKick: ring.kick >= 0)
@@ -148,10 +156,7 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
   mutating func closeLane(_ lane: Int) {
     guard isGuest(lane: lane) else { return kernel.closeLane(lane) }
     precondition(!results[lane].isThere, "a lane is closed while a chain is out")
-    if awaitsWritable[lane] {
-      awaitsWritable[lane] = false
-      awaitCount -= 1
-    }
+    if awaitsWritable[lane] { endAwaiting(lane) }
     publish(lane)
     lanes[lane]!.leave()
     lanes[lane] = nil
@@ -226,6 +231,14 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
     guard isGuest(lane: lane) else { return kernel.awaitWritable(lane) }
     awaitsWritable[lane] = true
     awaitCount += 1
+    stuckFrom[lane] = kernel.now() + UInt64(Self.patienceNanoseconds)
+    patientCount += 1
+  }
+
+  private mutating func endAwaiting(_ lane: Int) {
+    awaitsWritable[lane] = false
+    awaitCount -= 1
+    if stuckFrom[lane] != .max { patientCount -= 1 }
   }
 
   // MARK: Collecting
@@ -246,7 +259,13 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
       if sources[source]!.mustEndKicks() { kernel.cancel(source) }
       if sources[source]!.isOver() { wait = .sweep }
     }
-    if wait == .forEvent, mustPoll { wait = .atMost(nanoseconds: Self.pollNanoseconds) }
+    if wait == .forEvent {
+      if mustPoll {
+        wait = .atMost(nanoseconds: Self.pollNanoseconds)
+      } else if patientCount > 0 {
+        wait = .atMost(nanoseconds: Self.patienceNanoseconds)
+      }
+    }
     if resultCount > 0 { wait = .sweep }
     let asksForKicks = wait != .sweep
     if asksForKicks, askForKicks() { wait = .sweep }
@@ -312,6 +331,7 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
 
   private mutating func tellResults(_ events: inout EventBatch) {
     guard resultCount + awaitCount > 0 else { return }
+    let now = patientCount > 0 ? kernel.now() : 0
     for place in 0..<guestLaneCount where events.room > 0 {
       let lane = Int(guestLanes[place])
       if results[lane].isThere {
@@ -320,10 +340,15 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
         results[lane] = DeliveryResult()
         resultCount -= 1
         events.append(event)
-      } else if awaitsWritable[lane], lanes[lane]!.hasBuffers() {
-        awaitsWritable[lane] = false
-        awaitCount -= 1
-        events.append(IOEvent(.writable, lane))
+      } else if awaitsWritable[lane] {
+        if lanes[lane]!.hasBuffers() {
+          endAwaiting(lane)
+          events.append(IOEvent(.writable, lane))
+        } else if stuckFrom[lane] <= now {
+          stuckFrom[lane] = .max
+          patientCount -= 1
+          events.append(IOEvent(.stuck, lane))
+        }
       }
     }
   }

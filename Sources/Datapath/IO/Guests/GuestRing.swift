@@ -18,6 +18,9 @@ public final class GuestRing: @unchecked Sendable {
   /// Where the chains that are under way are noted, for a process that takes this one's place: `inFlightBytes` of the
   /// ring's kind; nil: nowhere.
   let inFlight: UnsafeMutableRawPointer?
+  /// Whether chains go back in the order in which they came. Where nothing notes which are under way, a process that
+  /// takes this one's place has only the count of those that went back, and goes on behind them.
+  var keepsOrder: Bool { unsafe features.contains(.inOrder) || inFlight == nil }
   /// Of a ring that the guest transmits by: what its frames that are under way lie in.
   let frames: Frames?
 

@@ -52,7 +52,7 @@ struct GuestSource: ~Copyable {
     self.hasCall = hasCall
     tokens = FixedArray(repeating: chain.token, count: count)
     turns = FixedArray(repeating: 0, count: count)
-    keepsOrder = unsafe ring.ring._withUnsafeGuaranteedRef { $0.features.contains(.inOrder) }
+    keepsOrder = unsafe ring.ring._withUnsafeGuaranteedRef { $0.keepsOrder }
     let chainsMax = unsafe ring.ring._withUnsafeGuaranteedRef { $0.areas.size }
     order = ChainOrder(capacity: keepsOrder ? chainsMax : 0, filler: chain.token)
     isCopied = FixedArray(repeating: false, count: count)
@@ -266,8 +266,8 @@ struct GuestSource: ~Copyable {
   }
 }
 
-/// Chains in the order in which they were taken, for a guest that wants them back in that order (virtio 1.2 §2.7.9,
-/// §2.8.16: VIRTIO_F_IN_ORDER).
+/// Chains in the order in which they were taken, for a ring that they go back to in that order
+/// (`GuestRing.keepsOrder`; virtio 1.2 §2.7.9, §2.8.16: VIRTIO_F_IN_ORDER).
 struct ChainOrder: ~Copyable {
   private var tokens: FixedArray<VirtioChain.Token>
   private var isEnded: FixedArray<Bool>
