@@ -403,7 +403,8 @@ extension String {
     Mistake(
       "spin_us = 20", "without = [\"multishot-rea\"]",
       "tuning.without: \"multishot-rea\" is no value of it; did you mean \"multishot-read\"? (values: single-issuer, "
-        + "deferred-work, buffer-ring, multishot-receive, multishot-read, fixed-files, restrictions)"),
+        + "deferred-work, buffer-ring, multishot-receive, multishot-read, fixed-files, restrictions, "
+        + "silent-success)"),
     Mistake(
       "spin_us = 20", "without = [\"fixed-files\", \"fixed-files\"]",
       "tuning.without: \"fixed-files\" comes twice; name it once"

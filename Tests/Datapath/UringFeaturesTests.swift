@@ -1,3 +1,4 @@
+import Glibc
 import Testing
 
 @testable import Datapath
@@ -20,5 +21,24 @@ struct UringFeaturesTests {
     let limits = UringIO.Limits(entries: 8, slots: 8, posted: 8, sources: 1, lanes: 1, operations: 1)
     let io = try UringIO(limits, without: unwanted)
     #expect(io.features.isDisjoint(with: unwanted))
+  }
+
+  @Test("a guest is called by the next collect at the latest, once for each call", arguments: [UringFeatures(), .silentSuccess])
+  func calls(without unwanted: UringFeatures) throws {
+    let limits = UringIO.Limits(entries: 4, slots: 8, posted: 8, sources: 1, lanes: 1, operations: 1)
+    var io = try UringIO(limits, without: unwanted)
+    var memory = FrameMemory(arena: try FrameArena(slotCount: 8, hugePages: false))
+    let guest = try Waker.make()
+    defer { close(guest) }
+    var events = EventBatch(capacity: 8)
+    var sum: UInt64 = 0
+    // More than the ring has entries.
+    for _ in 0..<7 { io.call(guest) }
+    io.collect(.sweep, &memory, into: &events)
+    #expect(unsafe read(guest, &sum, 8) == 8 && sum == 7)
+    io.collect(.sweep, &memory, into: &events)
+    #expect(events.count == 0)
+    #expect(unsafe read(guest, &sum, 8) == -1 && errno == EAGAIN)
+    #expect(io.takeStatistics().completions == 0)
   }
 }

@@ -1,3 +1,4 @@
+import Datapath
 import Testing
 
 extension EndToEnd {
@@ -41,8 +42,7 @@ extension EndToEnd {
       "without one of io_uring's features the slower way carries the same",
       arguments: [
         "single-issuer", "deferred-work", "buffer-ring", "multishot-receive", "multishot-read", "fixed-files",
-        "restrictions",
-        "single-issuer,deferred-work,buffer-ring,multishot-receive,multishot-read,fixed-files,restrictions",
+        "restrictions", UringFeatures.names.map(\.name).joined(separator: ","),
       ])
     func missingFeatures(features: String) throws {
       try withLab { lab in

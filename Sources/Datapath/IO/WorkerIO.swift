@@ -52,6 +52,8 @@ public protocol WorkerIO: ~Copyable {
   func now() -> UInt64
   /// Adds one to the eventfd of a neighbour's waker.
   mutating func wake(_ waker: Int32)
+  /// Adds one to the eventfd that a guest waits for: at once, or by the next `collect`.
+  mutating func call(_ guest: Int32)
   /// Lets another thread have this core for a moment, where one wants it.
   func yieldProcessor()
 }
@@ -62,6 +64,9 @@ extension WorkerIO where Self: ~Copyable {
   public mutating func deliver(
     _ lane: Int, _ header: SendPool.Header, _ frame: Descriptor, _ memory: borrowing FrameMemory
   ) -> Bool { false }
+
+  @inline(__always)
+  public mutating func call(_ guest: Int32) { wake(guest) }
 }
 
 public enum SourceKind: UInt8, BitwiseCopyable, Sendable {

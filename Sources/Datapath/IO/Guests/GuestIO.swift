@@ -157,7 +157,8 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
     guard isGuest(lane: lane) else { return kernel.closeLane(lane) }
     precondition(!results[lane].isThere, "a lane is closed while a chain is out")
     if awaitsWritable[lane] { endAwaiting(lane) }
-    publish(lane)
+    // Its eventfd may be closed before the next collect.
+    if lanes[lane]!.publish() { kernel.wake(laneNotes[lane].call) }
     lanes[lane]!.leave()
     lanes[lane] = nil
     laneNotes[lane] = GuestNote()
@@ -224,7 +225,7 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
 
   /// Shows a guest what was copied for it, and calls it if it wants that.
   private mutating func publish(_ lane: Int) {
-    if lanes[lane]!.publish() { kernel.wake(laneNotes[lane].call) }
+    if lanes[lane]!.publish() { kernel.call(laneNotes[lane].call) }
   }
 
   mutating func awaitWritable(_ lane: Int) {
@@ -255,7 +256,7 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
     for place in 0..<guestLaneCount { publish(Int(guestLanes[place])) }
     for place in 0..<guestSourceCount {
       let source = Int(guestSources[place])
-      if sources[source]!.giveBack() { kernel.wake(sourceNotes[source].call) }
+      if sources[source]!.giveBack() { kernel.call(sourceNotes[source].call) }
       if sources[source]!.mustEndKicks() { kernel.cancel(source) }
       if sources[source]!.isOver() { wait = .sweep }
     }

@@ -46,6 +46,8 @@ public struct UringIO: ~Copyable, WorkerIO {
   private let singleMessages: UnsafeMutablePointer<msghdr>
   private let singleVectors: UnsafeMutablePointer<iovec>
   private let wakeValue: UnsafeMutablePointer<UInt64>
+  /// What is written to a guest's eventfd: 1.
+  private let callValue: UnsafeMutablePointer<UInt64>
 
   struct Source: BitwiseCopyable {
     var kind = SourceKind.waker
@@ -105,6 +107,7 @@ public struct UringIO: ~Copyable, WorkerIO {
       throw SystemError(entered, doing: "use an io_uring")
     }
 
+    if unsafe ring.pointee.features & IORING_FEAT_CQE_SKIP == 0 { features.remove(.silentSuccess) }
     let highest = unsafe Self.highestOperation(ring)
     // Multishot recvmsg came with the same release as SEND_ZC (6.0), and is not in the probe by itself.
     if highest < Int(IORING_OP_SEND_ZC.rawValue) { features.remove(.multishotReceive) }
@@ -159,6 +162,8 @@ public struct UringIO: ~Copyable, WorkerIO {
     unsafe singleVectors.initialize(repeating: unsafe iovec(), count: limits.sources)
     unsafe wakeValue = .allocate(capacity: 1)
     unsafe wakeValue.initialize(to: 0)
+    unsafe callValue = .allocate(capacity: 1)
+    unsafe callValue.initialize(to: 1)
   }
 
   deinit {
@@ -168,6 +173,7 @@ public struct UringIO: ~Copyable, WorkerIO {
     unsafe singleMessages.deallocate()
     unsafe singleVectors.deallocate()
     unsafe wakeValue.deallocate()
+    unsafe callValue.deallocate()
   }
 
   // MARK: The ring
@@ -228,7 +234,7 @@ public struct UringIO: ~Copyable, WorkerIO {
     let operations: [UInt32] = [
       IORING_OP_NOP.rawValue, IORING_OP_READ.rawValue, UInt32(CLINUX_OP_READ_MULTISHOT), IORING_OP_RECVMSG.rawValue,
       IORING_OP_SENDMSG.rawValue, IORING_OP_WRITEV.rawValue, IORING_OP_POLL_ADD.rawValue,
-      IORING_OP_ASYNC_CANCEL.rawValue,
+      IORING_OP_ASYNC_CANCEL.rawValue, IORING_OP_WRITE.rawValue,
     ]
     let registrations: [Int] = [
       Int(IORING_REGISTER_PROBE), Int(IORING_REGISTER_FILES), Int(IORING_REGISTER_FILES2),
@@ -246,7 +252,8 @@ public struct UringIO: ~Copyable, WorkerIO {
       unsafe clinux_allow(&rules[used], UInt16(IORING_RESTRICTION_REGISTER_OP), UInt8(registration))
       used += 1
     }
-    let flags = UInt8(1 << IOSQE_FIXED_FILE_BIT | 1 << IOSQE_IO_LINK_BIT | 1 << IOSQE_BUFFER_SELECT_BIT)
+    let flags =
+      UInt8(1 << IOSQE_FIXED_FILE_BIT | 1 << IOSQE_IO_LINK_BIT | 1 << IOSQE_BUFFER_SELECT_BIT) | Self.silentFlag
     unsafe clinux_allow(&rules[used], UInt16(IORING_RESTRICTION_SQE_FLAGS_ALLOWED), flags)
     used += 1
     return unsafe clinux_register_restrictions(ring, &rules, UInt32(used)) == 0
@@ -274,6 +281,7 @@ public struct UringIO: ~Copyable, WorkerIO {
     tag.rawValue << 60 | UInt64(UInt32(truncatingIfNeeded: index)) << 32 | UInt64(UInt32(truncatingIfNeeded: operation))
   }
 
+  private static var silentFlag: UInt8 { UInt8(1 << IOSQE_CQE_SKIP_SUCCESS_BIT) }
   private static var fixedFlag: UInt8 { UInt8(1 << IOSQE_FIXED_FILE_BIT) }
 
   /// A source's or lane's file as a submission names it: its place among the registered files, or its descriptor.
@@ -628,6 +636,13 @@ public struct UringIO: ~Copyable, WorkerIO {
   public func now() -> UInt64 { MonotonicClock.now() }
 
   public mutating func wake(_ waker: Int32) { Waker.wake(waker) }
+
+  public mutating func call(_ guest: Int32) {
+    guard features.contains(.silentSuccess) else { return Waker.wake(guest) }
+    let entry = unsafe entry()
+    unsafe io_uring_prep_write(entry, guest, callValue, 8, 0)
+    unsafe clinux_sqe_finish(entry, Self.silentFlag, tag(.ignored, 0))
+  }
 
   public func yieldProcessor() {
     sched_yield()
