@@ -2,7 +2,9 @@ import CLinux
 import Datapath
 
 /// A guest's memory with a ring in it: a byte of choices, one of the ring's size, then the memory from its start on.
-/// Choices: bit 0 a packed ring; bit 1 event indices; bit 2 indirect descriptors.
+/// Choices: bit 0 a packed ring; bit 1 event indices; bit 2 indirect descriptors; bit 3 chains come back in order; bit 4
+/// chains in flight are noted, and another device goes on when the first one is gone; bit 5 the notes begin as the
+/// second half of the guest's memory, as a frontend might write them.
 ///
 /// The guest has 4096 bytes at address 0, in two regions that lie apart with us. The descriptors are at its start, what
 /// the driver writes at 1024, what the device writes at 1280.
@@ -13,17 +15,52 @@ public func fuzzVirtqueue(_ input: RawSpan) {
   var features: VirtqueueFeatures = []
   if choices & 2 != 0 { features.insert(.eventIndex) }
   if choices & 4 != 0 { features.insert(.indirectDescriptors) }
-  let guest = FuzzGuest(input.extracting(droppingFirst: 2))
+  if choices & 8 != 0 { features.insert(.inOrder) }
+  let content = input.extracting(droppingFirst: 2)
+  let guest = FuzzGuest(content)
   if choices & 1 != 0 {
-    if let queue = try? PackedQueue(guest.areas(size), features: features, base: 0x8000) { use(queue, guest) }
+    features.insert(.packedRing)
+    let notes = choices & 16 == 0 ? nil : FuzzNotes(PackedQueue.inFlightBytes(size: size))
+    if choices & 32 != 0 { notes?.fill(content) }
+    use(PackedQueue.self, guest, size: size, features, base: 0x8000, notes)
   } else {
-    if let queue = try? SplitQueue(guest.areas(size), features: features, base: 0) { use(queue, guest) }
+    let notes = choices & 16 == 0 ? nil : FuzzNotes(SplitQueue.inFlightBytes(size: size))
+    if choices & 32 != 0 { notes?.fill(content) }
+    use(SplitQueue.self, guest, size: size, features, base: 0, notes)
   }
 }
 
-/// Takes chains, gives some back, completes the others out of order: every piece lies within the guest's memory, and
-/// what is taken again is what was taken before.
-private func use<Queue: Virtqueue & ~Copyable>(_ given: consuming Queue, _ guest: FuzzGuest) {
+/// One device, or, with notes, two of which the second goes on where the first one left: with all chains that the first
+/// did not give back.
+private func use<Queue: Virtqueue & ~Copyable>(
+  _: Queue.Type, _ guest: FuzzGuest, size: Int, _ features: VirtqueueFeatures, base: UInt32, _ notes: FuzzNotes?
+) {
+  let keepsOrder = features.contains(.inOrder)
+  guard var queue = try? Queue(guest.areas(size), features: features, base: base) else { return }
+  guard let notes else {
+    _ = use(queue, guest, keepsOrder: keepsOrder)
+    return
+  }
+  guard let left = unsafe try? queue.trackInFlight(notes.region) else {
+    precondition(notes.isFilled, "empty notes are those of any ring")
+    return
+  }
+  precondition(left <= size && (left == 0 || notes.isFilled))
+  let out = use(queue, guest, keepsOrder: keepsOrder)
+  guard var next = try? Queue(guest.areas(size), features: features, base: base) else { return }
+  guard let again = unsafe try? next.trackInFlight(notes.region) else {
+    preconditionFailure("notes that were just written are damaged")
+  }
+  precondition(again == out || notes.isFilled, "chains in flight are taken up again, all of them")
+  _ = use(next, guest, keepsOrder: keepsOrder)
+}
+
+/// Takes chains, gives some back, completes the others, in order or out of it: every piece lies within the guest's
+/// memory, and what is taken again is what was taken before.
+/// - Returns: how many were taken and not completed.
+private func use<Queue: Virtqueue & ~Copyable>(
+  _ given: consuming Queue, _ guest: FuzzGuest, keepsOrder: Bool
+) -> Int {
   var queue = given
   let memory = guest.memory.reference
   var chain = VirtioChain()
@@ -58,11 +95,36 @@ private func use<Queue: Virtqueue & ~Copyable>(_ given: consuming Queue, _ guest
     precondition(queue.takenCount == tokens.count && tokens.count <= queue.size)
     if turn % 4 == 3 {
       // Which changes what the guest wrote, where that overlaps.
+      if keepsOrder { tokens.reverse() }
       while let token = tokens.popLast() { queue.complete(token, writtenBytes: turn) }
       queue.publish(memory)
       _ = queue.mustCall()
       _ = queue.askForKicks(memory)
       queue.refuseKicks(memory)
+    }
+  }
+  return tokens.count
+}
+
+/// Notes of chains in flight, in memory that the address sanitizer watches.
+@safe
+private final class FuzzNotes {
+  let region: UnsafeMutableRawPointer
+  private let bytes: Int
+  private(set) var isFilled = false
+
+  init(_ bytes: Int) {
+    self.bytes = bytes
+    unsafe region = .allocate(byteCount: bytes, alignment: 64)
+    unsafe region.initializeMemory(as: UInt8.self, repeating: 0, count: bytes)
+  }
+
+  deinit { unsafe region.deallocate() }
+
+  func fill(_ content: RawSpan) {
+    isFilled = true
+    for index in 0..<max(0, min(bytes, content.byteCount - 2048)) {
+      unsafe region.storeBytes(of: byte(2048 + index, of: content), toByteOffset: index, as: UInt8.self)
     }
   }
 }
