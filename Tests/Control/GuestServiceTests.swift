@@ -9,7 +9,7 @@ import Testing
 /// command itself.
 @Suite(.serialized, .enabled(if: BuiltCommand.isBuilt, "the command is not built beside the tests"))
 struct GuestServiceTests {
-  private static let layouts = [
+  static let layouts = [
     ["--layout", "fused"], ["--layout", "pipeline", "--cpus", "rx=0 route=0 tx=1"],
     ["--layout", "pipeline", "--cpus", "rx=0 route=1 tx=0"],
   ]
@@ -26,7 +26,7 @@ struct GuestServiceTests {
   }
 
   /// Connects all, and makes each known to all others.
-  private func connect(_ guests: [SharedGuest], to service: ServiceProcess, _ ports: [String]) throws {
+  func connect(_ guests: [SharedGuest], to service: ServiceProcess, _ ports: [String]) throws {
     for (guest, port) in zip(guests, ports) {
       try guest.connect(to: service.socketPath(ofPort: port))
       guest.offerBuffers()
@@ -42,7 +42,7 @@ struct GuestServiceTests {
       if looks % 1_000 == 0 { for guest in guests { guest.send(guest.frame(to: 0xFFFF_FFFF_FFFF, 0)) } }
       looks += 1
       for (number, guest) in guests.enumerated() {
-        for frame in guest.card.takeReceived() { heard[number].insert(frame[6..<12]) }
+        for frame in guest.takeReceivedByPair().joined() { heard[number].insert(frame[6..<12]) }
       }
       return heard.allSatisfy { $0.count == guests.count - 1 }
     }
@@ -50,11 +50,11 @@ struct GuestServiceTests {
     // What was said twice comes twice.
     guard looks > 1_000 else { return }
     usleep(200_000)
-    for guest in guests { _ = guest.card.takeReceived() }
+    for guest in guests { _ = guest.takeReceivedByPair() }
   }
 
   /// Sends so many frames from one guest to another, and waits until all came, in order.
-  private func exchange(
+  func exchange(
     _ count: UInt32, from sender: SharedGuest, to receiver: SharedGuest, meanwhile: () throws -> Void = {}
   ) throws {
     var sent: UInt32 = 0
@@ -75,7 +75,7 @@ struct GuestServiceTests {
     try #require(areThere, "\(expected) of \(count) frames came, \(sent) were sent")
   }
 
-  private func expectGoodEnd(_ service: ServiceProcess) throws {
+  func expectGoodEnd(_ service: ServiceProcess) throws {
     let (status, report) = try service.stop()
     #expect(status == 0, "\(service.log)")
     #expect(report.contains("conservation: holds"), "\(report)")

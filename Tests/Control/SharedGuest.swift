@@ -16,7 +16,10 @@ final class SharedGuest {
   let mac: UInt64
   let size: Int
   let file: SharedFile
-  private(set) var card: GuestCard
+  let features: VhostUserFeatures
+  /// One for each pair of queues, behind each other in the memory.
+  private(set) var cards: [GuestCard] = []
+  var card: GuestCard { cards[0] }
   private(set) var frontend: VhostUserFrontend?
   /// By queue.
   private(set) var kicks: [OwnedDescriptor] = []
@@ -25,16 +28,32 @@ final class SharedGuest {
   private var inflight: SharedFile?
   private let mapping: UnsafeMutableRawPointer
 
-  init(_ name: String, mac: UInt64, size: Int = 64, piecesMax: Int = 1) {
+  /// - Parameters:
+  ///   - size: places of each ring.
+  ///   - piecesMax: that a frame lies in when it is sent.
+  init(
+    _ name: String, mac: UInt64, size: Int = 64, piecesMax: Int = 1, queuePairs: Int = 1,
+    features: VhostUserFeatures = SharedGuest.features
+  ) {
     self.mac = mac
     self.size = size
-    let bytes = GuestCard.memoryBytes(size: size)
+    self.features = features
+    let bytes = queuePairs * GuestCard.memoryBytes(size: size)
     file = SharedFile(name, byteCount: bytes)
     let place = unsafe mmap(nil, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.descriptor.number, 0)!
     unsafe precondition(place != MAP_FAILED)
     unsafe mapping = place
-    unsafe card = GuestCard(place, size: size, guestAddress: Self.guestAddress)
-    card.piecesMax = piecesMax
+    makeCards(queuePairs, piecesMax: piecesMax)
+  }
+
+  private func makeCards(_ count: Int, piecesMax: Int) {
+    let bytes = GuestCard.memoryBytes(size: size)
+    cards = (0..<count).map { number in
+      let card = unsafe GuestCard(
+        mapping + number * bytes, size: size, guestAddress: Self.guestAddress + UInt64(number * bytes))
+      card.piecesMax = piecesMax
+      return card
+    }
   }
 
   deinit { unsafe munmap(mapping, file.byteCount) }
@@ -78,21 +97,24 @@ final class SharedGuest {
   private func introduce(notes inflight: SharedFile?) throws {
     try ask(.getFeatures)
     let offered = try ask(.getProtocolFeatures)
-    let wanted: VhostUserProtocolFeatures = [.replyAcknowledge, .inflightInSharedMemory, .status, .resetDevice]
+    let wanted: VhostUserProtocolFeatures = [
+      .replyAcknowledge, .inflightInSharedMemory, .status, .resetDevice, .multiQueue,
+    ]
     frontend!.send(.setProtocolFeatures(wanted.rawValue & offered))
     try ask(.setOwner)
-    try ask(.setFeatures(Self.features.rawValue))
+    try ask(.setFeatures(features.rawValue))
     try shareMemory()
     self.inflight = inflight
     if let inflight {
       let answer = try ask(
         .setInflight(
           .init(
-            area: .init(byteCount: UInt64(inflight.byteCount), fileOffset: 0), queues: 2, size: UInt16(size))),
+            area: .init(byteCount: UInt64(inflight.byteCount), fileOffset: 0), queues: UInt16(2 * cards.count),
+            size: UInt16(size))),
         [inflight.received])
       try #require(answer == 0)
     }
-    for queue in 0..<2 { try start(queue) }
+    for queue in 0..<2 * cards.count { try start(queue) }
   }
 
   func shareMemory() throws {
@@ -100,8 +122,11 @@ final class SharedGuest {
     try #require(try ask(.setMemoryTable([region]), [file.received]) == 0)
   }
 
-  /// Of a queue, 0 the one that the guest receives by.
-  private func ring(_ queue: Int) -> GuestCard.Ring { queue == 0 ? card.receive : card.send }
+  /// Of a queue, even ones those that the guest receives by.
+  private func ring(_ queue: Int) -> GuestCard.Ring {
+    let card = cards[queue / 2]
+    return queue % 2 == 0 ? card.receive : card.send
+  }
 
   func start(_ queue: Int, base: UInt32 = 0) throws {
     while kicks.count <= queue {
@@ -109,7 +134,7 @@ final class SharedGuest {
       calls.append(Self.event())
     }
     let number = UInt32(queue)
-    let start = Self.userOffset + Self.guestAddress
+    let start = Self.userOffset + cards[queue / 2].guestAddress
     let ring = ring(queue)
     try ask(.setQueueSize(.init(queue: number, number: UInt32(size))))
     try ask(.setQueueBase(.init(queue: number, number: base)))
@@ -143,9 +168,7 @@ final class SharedGuest {
   /// A driver that begins anew: all that was shared is as at first.
   func resetCard() {
     unsafe memset(mapping, 0, file.byteCount)
-    let piecesMax = card.piecesMax
-    unsafe card = GuestCard(mapping, size: size, guestAddress: Self.guestAddress)
-    card.piecesMax = piecesMax
+    makeCards(cards.count, piecesMax: card.piecesMax)
   }
 
   // MARK: The guest
@@ -154,8 +177,19 @@ final class SharedGuest {
 
   /// Offers buffers for all that may come.
   func offerBuffers(upTo most: Int? = nil) {
-    card.offerReceiveBuffers(upTo: most)
-    kick(0)
+    for (pair, card) in cards.enumerated() {
+      card.offerReceiveBuffers(upTo: most)
+      kick(2 * pair)
+    }
+  }
+
+  /// All frames that came, by pair of queues; their buffers are offered again at once.
+  func takeReceivedByPair() -> [[[UInt8]]] {
+    cards.enumerated().map { pair, card in
+      let frames = card.takeReceived()
+      if !frames.isEmpty, card.wantsKicks(card.receive) { kick(2 * pair) }
+      return frames
+    }
   }
 
   /// A frame to somebody, with a number in it.
@@ -169,9 +203,10 @@ final class SharedGuest {
 
   /// Sends a frame and kicks where that is wanted; false where all places are taken.
   @discardableResult
-  func send(_ frame: [UInt8]) -> Bool {
+  func send(_ frame: [UInt8], pair: Int = 0) -> Bool {
+    let card = cards[pair]
     guard card.send(frame) != nil else { return false }
-    if card.wantsKicks(card.send) { kick(1) }
+    if card.wantsKicks(card.send) { kick(2 * pair + 1) }
     return true
   }
 
