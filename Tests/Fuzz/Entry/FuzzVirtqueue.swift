@@ -46,26 +46,32 @@ private func use<Queue: Virtqueue & ~Copyable>(
     return
   }
   precondition(left <= size && (left == 0 || notes.isFilled))
-  let out = use(queue, guest, keepsOrder: keepsOrder)
+  let (out, hasTwice) = use(queue, guest, keepsOrder: keepsOrder)
   guard var next = try? Queue(guest.areas(size), features: features, base: base) else { return }
   guard let again = unsafe try? next.trackInFlight(notes.region) else {
     preconditionFailure("notes that were just written are damaged")
   }
-  precondition(again == out || notes.isFilled, "chains in flight are taken up again, all of them")
+  precondition(again == out || hasTwice || notes.isFilled, "chains in flight are taken up again, all of them")
   _ = use(next, guest, keepsOrder: keepsOrder)
 }
 
 /// Takes chains, gives some back, completes the others, in order or out of it: every piece lies within the guest's
 /// memory, and what is taken again is what was taken before.
-/// - Returns: how many were taken and not completed.
+/// - Returns: how many were taken and not completed; and whether the guest made one available while the device had it,
+///   of which a split ring's notes know once.
 private func use<Queue: Virtqueue & ~Copyable>(
   _ given: consuming Queue, _ guest: FuzzGuest, keepsOrder: Bool
-) -> Int {
+) -> (out: Int, hasTwice: Bool) {
   var queue = given
   let memory = guest.memory.reference
   var chain = VirtioChain()
   var singles = VirtioSingles()
   var tokens: [VirtioChain.Token] = []
+  var hasTwice = false
+  func add(_ token: VirtioChain.Token) {
+    hasTwice = hasTwice || tokens.contains(token)
+    tokens.append(token)
+  }
   for turn in 0..<2 * queue.size {
     let mark = queue.mark
     let base = queue.base
@@ -84,13 +90,16 @@ private func use<Queue: Virtqueue & ~Copyable>(
       precondition(again == .chain && chain.token == token, "what is given back is next")
       precondition((chain.readableBytes, chain.writableBytes) == bytes)
     }
-    tokens.append(chain.token)
+    add(chain.token)
     if turn % 5 == 4 {
       _ = queue.take(memory, upTo: turn, into: &singles)
-      for index in 0..<singles.count { guest.check(singles[index]) }
-      let keptCount = singles.count / 2
-      queue.giveBack(last: singles.count - keptCount)
-      for index in 0..<keptCount { tokens.append(singles[index].token) }
+      for index in 0..<singles.count {
+        guest.check(singles[index])
+        add(singles[index].token)
+      }
+      let count = singles.count - singles.count / 2
+      queue.giveBack(last: count)
+      tokens.removeLast(count)
     }
     precondition(queue.takenCount == tokens.count && tokens.count <= queue.size)
     if turn % 4 == 3 {
@@ -103,7 +112,7 @@ private func use<Queue: Virtqueue & ~Copyable>(
       queue.refuseKicks(memory)
     }
   }
-  return tokens.count
+  return (tokens.count, hasTwice)
 }
 
 /// Notes of chains in flight, in memory that the address sanitizer watches.
