@@ -2,8 +2,8 @@ import CLinux
 import Datapath
 
 /// A guest's memory with a ring in it: a byte of choices, one of the ring's size, then the memory from its start on.
-/// Choices: bit 0 a packed ring; bit 1 event indices; bit 2 indirect descriptors; bit 3 chains come back in order; bit 4
-/// chains in flight are noted, and another device goes on when the first one is gone; bit 5 the notes begin as the
+/// Choices: bit 0 a packed ring; bit 1 event indices; bit 2 indirect descriptors; bit 3 chains come back in order; bit
+/// 4 chains in flight are noted, and another device goes on when the first one is gone; bit 5 the notes begin as the
 /// second half of the guest's memory, as a frontend might write them.
 ///
 /// The guest has 4096 bytes at address 0, in two regions that lie apart with us. The descriptors are at its start, what
