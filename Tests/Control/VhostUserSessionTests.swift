@@ -457,7 +457,7 @@ import Testing
     frontend.send(.getMemorySlotsMax)
     let most = Int(frontend.lastNumber ?? 0)
     func region(_ number: Int) -> VhostUserMessage.RegionDescription {
-      file.region(guest: UInt64(number) << 30, bytes: 0x10000)
+      file.region(guest: UInt64(number) << 30, offset: 0x1000, bytes: 0x10000)
     }
     for number in 0..<most {
       #expect(frontend.send(.addMemoryRegion(region(number)), [file.received]) == ["memory \(number + 1)"])
@@ -466,8 +466,14 @@ import Testing
     // With and without the descriptor that some send.
     #expect(frontend.send(.removeMemoryRegion(region(7)), [file.received]) == ["memory 31"])
     #expect(frontend.send(.removeMemoryRegion(region(8))) == ["memory 30"])
-    #expect(frontend.refusal(.removeMemoryRegion(region(8))).contains("no such region"))
     #expect(frontend.send(.addMemoryRegion(region(most)), [file.received]) == ["memory 31"])
+    // QEMU before 8.0 says both again for each further pair of queues: what is so already is done.
+    for message in [VhostUserMessage.addMemoryRegion(region(most)), .removeMemoryRegion(region(8))] {
+      #expect(frontend.send(message, needsReply: true, [file.received]) == [])
+      #expect(frontend.lastNumber == 0)
+    }
+    let shorter = file.region(guest: UInt64(most) << 30, bytes: 0x8000)
+    #expect(frontend.refusal(.addMemoryRegion(shorter), [file.received]).contains("overlap"))
     #expect(SharedFile.mappedCount("vhost-user-slots") == 31)
     #expect(SharedFile.openCount("vhost-user-slots") == 1)
   }

@@ -452,6 +452,8 @@ public struct VhostUserSession {
   ) throws(VhostUserRefusal) -> Answer {
     let name = VhostUserRequest.addMemoryRegion.name
     try require(agreed: .configureMemorySlots, name)
+    // QEMU before 8.0 says it once for each pair of queues.
+    if memory.regions.contains(where: { $0.isNamed(by: description) }) { return .done }
     do throws(VhostUserRefusal) {
       try VhostUserMemory.check(memory.descriptions + [description])
       let region = try VhostUserMemory.map(description, descriptor)
@@ -467,9 +469,8 @@ public struct VhostUserSession {
   ) throws(VhostUserRefusal) -> Answer {
     let name = VhostUserRequest.removeMemoryRegion.name
     try require(agreed: .configureMemorySlots, name)
-    guard memory.regions.contains(where: { $0.isNamed(by: description) }) else {
-      throw VhostUserRefusal("\(name): there is no such region at \(hexadecimal(description.guestAddress))")
-    }
+    // So it does this, and the region may be gone.
+    guard memory.regions.contains(where: { $0.isNamed(by: description) }) else { return .done }
     do throws(VhostUserRefusal) {
       try adopt(VhostUserMemory(memory.regions.filter { !$0.isNamed(by: description) }), &outcome)
     } catch {
