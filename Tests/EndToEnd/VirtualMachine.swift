@@ -87,6 +87,77 @@ extension EndToEnd {
       }
     }
 
+    /// One worker that does everything, and a pipeline; with two that each receive by one ring where there are CPUs.
+    private static let placesOfPairs: [[String]] = [
+      [],
+      ["--layout", "pipeline"]
+        + (cpusAllowed.count > 2
+          ? ["--cpus", "rx=\(cpusAllowed[0]),\(cpusAllowed[1]) route=\(cpusAllowed[2]) tx=\(cpusAllowed[2])"] : []),
+    ]
+
+    @Test(
+      "a virtual machine with two CPUs uses two pairs of queues, then one, then both again, under a stream",
+      arguments: placesOfPairs, [false, true])
+    func twoQueuePairs(flags: [String], isPacked: Bool) throws {
+      try withLab { lab in
+        let host = try lab.hosts(1)[0]
+        let socket = lab.socketPath("vm1")
+        var port = NodeConfiguration.Port.vhostUser("vm1", socket)
+        port.queues = 2
+        let node = try lab.node(
+          host, NodeConfiguration(ports: [port, .init(name: "tap1")]), guests: [2],
+          flags: flags + ["--log-level", "debug"])
+        let near = node.guests[0]
+        let machine = try Machine(on: host, number: 1, .vhostUser(socket, isPacked: isPacked, queuePairs: 2))
+        try machine.awaitBoot()
+        for queue in 0..<4 {
+          #expect(node.forwarder.isLogged("a ring runs port=vm1 queue=\(queue)"))
+        }
+        let devices = try machine.run("ls /sys/class/net/eth0/queues").split(whereSeparator: \.isWhitespace).sorted()
+        #expect(devices == ["rx-0", "rx-1", "tx-0", "tx-1"])
+
+        // Each CPU sends by a queue of its own; what comes is spread by its flow.
+        let before = try machine.packetsByQueue()
+        for cpu in 0...1 {
+          let answer = try machine.run("taskset \(1 << cpu) ping -A -q -c 20 \(near.address)")
+          #expect(answer.contains(" 0% packet loss"), "\(answer)")
+        }
+        let streams = try (0..<16).map { try RunningStream(from: near, echoedBy: machine, seed: $0) }
+        for stream in streams {
+          let difference = try stream.finish(bytes: [200_003])
+          #expect(difference == nil)
+        }
+        let after = try machine.packetsByQueue()
+        for (before, after) in [(before.received, after.received), (before.sent, after.sent)] {
+          #expect(before.count == 2 && after.count == 2)
+          for (before, after) in zip(before, after) { #expect(after >= before + 20, "\(before), then \(after)") }
+        }
+        if flags.contains("--cpus") {
+          for worker in ["0", "1"] {
+            #expect(try node.forwarder.counters().total("receives", .workers, of: worker) >= 20)
+          }
+        }
+
+        // The driver turns queues off and on.
+        let stream = try RunningStream(from: near, echoedBy: machine, seed: 17)
+        for pairs in [1, 2, 1, 2] {
+          #expect(try stream.run { stream.receivedBytes > 1 << 20 })
+          try machine.run("ethtool -L eth0 combined \(pairs)")
+          let received = stream.receivedBytes
+          #expect(try stream.run(within: 30) { stream.receivedBytes > received + 1 << 20 }, "with \(pairs) pairs")
+          #expect(try near.ping(machine.guest).isComplete)
+        }
+        let starts = node.forwarder.process.standardError.split(separator: "\n").count {
+          $0.contains("a ring runs port=vm1 queue=3")
+        }
+        #expect(starts >= 3, "the second pair was not turned off and on twice")
+        let difference = try stream.finish()
+        #expect(difference == nil)
+        #expect(try near.checksumErrors() == [:])
+        try stopAll([node])
+      }
+    }
+
     @Test("a virtual machine is killed and started anew while another one's stream goes on")
     func killedAndStartedAnew() throws {
       try withLab { lab in

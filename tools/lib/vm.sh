@@ -12,17 +12,22 @@ vm_modules=(
 vm_is_there() { [ -f "$vm_folder/initrd" ] && [ "$vm_folder/vmlinuz" -nt tools/lib/vm.sh ]; }
 
 # make_vm SCRATCH: puts `vmlinuz` and `initrd` into $vm_folder. The machine takes the address that its kernel's command
-# line has (vm_address=), says BOOTED, and runs each line that it gets on its serial console. It has busybox and iperf3.
+# line has (vm_address=), says BOOTED, and runs each line that it gets on its serial console. It has busybox, iperf3 and
+# ethtool.
 make_vm() {
-  local scratch=$1 package module library
+  local scratch=$1 package module program library
   package=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image/ { print $2; exit }')
   (cd "$scratch" && apt-get download "$package" && dpkg-deb --extract "$package"_*.deb kernel) >&2
   mkdir -p "$scratch"/root/{bin,modules,proc,sys,dev,tmp} "$vm_folder"
   cp /bin/busybox "$scratch/root/bin/busybox"
-  cp "$(command -v iperf3)" "$scratch/root/bin/iperf3"
-  for library in $(ldd "$(command -v iperf3)" | grep --only-matching '/[^ ]*'); do
-    mkdir -p "$scratch/root$(dirname "$library")"
-    cp "$library" "$scratch/root$library"
+  for program in iperf3 ethtool; do
+    # Some are only in root's path.
+    program=$(PATH=$PATH:/usr/sbin command -v "$program")
+    cp "$program" "$scratch/root/bin/"
+    for library in $(ldd "$program" | grep --only-matching '/[^ ]*'); do
+      mkdir -p "$scratch/root$(dirname "$library")"
+      cp "$library" "$scratch/root$library"
+    done
   done
   for module in "${vm_modules[@]}"; do
     find "$scratch/kernel" -name "$module.ko" -exec cp {} "$scratch/root/modules/" ';'

@@ -1,15 +1,15 @@
 import Glibc
 import Testing
 
-/// A real virtual machine on a host, by QEMU's software emulation: Debian's kernel, busybox and iperf3. It is one of
-/// the lab's guests, in whose place a namespace stands no more.
+/// A real virtual machine on a host, by QEMU's software emulation: Debian's kernel, busybox, iperf3 and ethtool. It is
+/// one of the lab's guests, in whose place a namespace stands no more.
 final class Machine {
   /// How its network card's frames leave QEMU.
   enum Card {
     /// To a TAP device of the host that is there already.
     case tap(String)
-    /// To the forwarder, by this socket.
-    case vhostUser(String, isPacked: Bool = false, Side = .connects)
+    /// To the forwarder, by this socket; with so many pairs of queues, and as many CPUs.
+    case vhostUser(String, isPacked: Bool = false, queuePairs: Int = 1, Side = .connects)
 
     /// What QEMU does at the socket: connects, or again whenever the forwarder is back; or makes it.
     enum Side: String {
@@ -23,10 +23,12 @@ final class Machine {
     fileprivate var arguments: (backend: [String], device: String) {
       switch self {
       case .tap(let device): (["-netdev", "tap,id=net,ifname=\(device),script=no,downscript=no"], "")
-      case .vhostUser(let socket, let isPacked, let side):
+      case .vhostUser(let socket, let isPacked, let queuePairs, let side):
         (
-          ["-chardev", "socket,id=card,path=\(socket)\(side.rawValue)", "-netdev", "vhost-user,id=net,chardev=card"],
-          ",vectors=0" + (isPacked ? ",packed=on" : "")
+          [
+            "-smp", "\(queuePairs)", "-chardev", "socket,id=card,path=\(socket)\(side.rawValue)",
+            "-netdev", "vhost-user,id=net,chardev=card,queues=\(queuePairs)",
+          ], ",vectors=0" + (isPacked ? ",packed=on" : "") + (queuePairs > 1 ? ",mq=on" : "")
         )
       }
     }
@@ -117,6 +119,20 @@ final class Machine {
   func expectPings(_ other: Guest, sourceLocation: SourceLocation = #_sourceLocation) throws {
     let answer = try run("ping -A -q -c 20 \(other.address)")
     #expect(answer.contains(" 0% packet loss"), "\(answer)", sourceLocation: sourceLocation)
+  }
+
+  /// How many packets its card's queues carried so far, by queue: those that it received by, and those it sent by.
+  func packetsByQueue() throws -> (received: [Int], sent: [Int]) {
+    let answer = try run("ethtool -S eth0")
+    func counts(_ way: String) -> [Int] {
+      // A line is such as "     rx_queue_0_packets: 12", in the order of the queues.
+      answer.split(whereSeparator: \.isNewline).compactMap { line in
+        let words = line.split(separator: " ")
+        guard words.count == 2, words[0].hasPrefix("\(way)_queue_"), words[0].hasSuffix("_packets:") else { return nil }
+        return words[0].contains("xdp") ? nil : Int(words[1])
+      }
+    }
+    return (counts("rx"), counts("tx"))
   }
 
   /// Sends random bytes to another machine, which returns them, over one TCP connection; both ways at once.
