@@ -23,7 +23,9 @@ struct UringFeaturesTests {
     #expect(io.features.isDisjoint(with: unwanted))
   }
 
-  @Test("a guest is called by the next collect at the latest, once for each call", arguments: [UringFeatures(), .silentSuccess])
+  @Test(
+    "a guest is called by the next collect at the latest, once for each call",
+    arguments: [UringFeatures(), .silentSuccess])
   func calls(without unwanted: UringFeatures) throws {
     let limits = UringIO.Limits(entries: 4, slots: 8, posted: 8, sources: 1, lanes: 1, operations: 1)
     var io = try UringIO(limits, without: unwanted)
