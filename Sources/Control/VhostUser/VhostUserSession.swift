@@ -54,6 +54,8 @@ public struct VhostUserSession {
   public private(set) var features: VhostUserFeatures = []
   public private(set) var protocolFeatures: VhostUserProtocolFeatures = []
   public private(set) var memory = VhostUserMemory()
+  /// Regions that were removed, the last ones.
+  private var regionsRemoved: [VhostUserMessage.RegionDescription] = []
   private var log: VhostUserLog?
   private var inflight: VhostUserInflight?
   private var queues: [VhostUserQueue]
@@ -469,10 +471,14 @@ public struct VhostUserSession {
   ) throws(VhostUserRefusal) -> Answer {
     let name = VhostUserRequest.removeMemoryRegion.name
     try require(agreed: .configureMemorySlots, name)
-    // So it does this, and the region may be gone.
-    guard memory.regions.contains(where: { $0.isNamed(by: description) }) else { return .done }
+    guard memory.regions.contains(where: { $0.isNamed(by: description) }) else {
+      // So it does this.
+      if regionsRemoved.contains(description) { return .done }
+      throw VhostUserRefusal("\(name): there is no such region at \(hexadecimal(description.guestAddress))")
+    }
     do throws(VhostUserRefusal) {
       try adopt(VhostUserMemory(memory.regions.filter { !$0.isNamed(by: description) }), &outcome)
+      regionsRemoved = regionsRemoved.suffix(VhostUserMemory.regionsMax - 1) + [description]
     } catch {
       throw VhostUserRefusal("\(name): \(error)")
     }
