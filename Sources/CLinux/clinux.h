@@ -156,6 +156,11 @@ struct clinux_message {
   struct msghdr header;
   unsigned length;  // bytes sent or received
 };
+// A read that never waits, whatever the file says (RWF_NOWAIT, linux/fs.h).
+static inline long clinux_read_at_once(int fd, void *place, size_t bytes) {
+  struct iovec vector = {.iov_base = place, .iov_len = bytes};
+  return syscall(SYS_preadv2, fd, &vector, 1, -1L, -1L, RWF_NOWAIT);
+}
 // How many messages were received or sent, or -1 when the first one failed.
 static inline long clinux_receive_messages(int fd, struct clinux_message *messages, unsigned count, int flags) {
   return syscall(SYS_recvmmsg, fd, messages, count, flags, NULL);

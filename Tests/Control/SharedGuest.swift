@@ -148,6 +148,20 @@ final class SharedGuest {
     try #require(try ask(.setQueueEnabled(.init(queue: number, number: 1))) == 0)
   }
 
+  /// Fills the eventfds that it is called by, and has whoever calls wait for room.
+  func fillCalls() throws {
+    for call in calls {
+      let isFull = eventually {
+        var count: UInt64 = 0
+        _ = unsafe read(call.number, &count, 8)
+        count = .max - 1
+        // A call may come between.
+        return unsafe write(call.number, &count, 8) == 8
+      }
+      try #require(isFull && fcntl(call.number, F_SETFL, 0) == 0)
+    }
+  }
+
   /// Stops a queue; where it stands.
   func stop(_ queue: Int) throws -> UInt32 {
     frontend!.send(.getQueueBase(.init(queue: UInt32(queue))))

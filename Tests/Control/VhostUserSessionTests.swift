@@ -472,6 +472,7 @@ import Testing
       #expect(frontend.send(message, needsReply: true, [file.received]) == [])
       #expect(frontend.lastNumber == 0)
     }
+    #expect(frontend.refusal(.removeMemoryRegion(region(most + 1))).contains("no such region"))
     let shorter = file.region(guest: UInt64(most) << 30, bytes: 0x8000)
     #expect(frontend.refusal(.addMemoryRegion(shorter), [file.received]).contains("overlap"))
     #expect(SharedFile.mappedCount("vhost-user-slots") == 31)
@@ -507,6 +508,9 @@ import Testing
     // Full: it returns all the same.
     var most: UInt64 = .max - 1
     #expect(unsafe write(event.number, &most, 8) == 8)
+    event.signal()
+    // Nor where the frontend takes that back.
+    #expect(fcntl(event.number, F_SETFL, 0) == 0)
     event.signal()
   }
 

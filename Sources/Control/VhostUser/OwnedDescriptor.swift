@@ -35,8 +35,5 @@ public final class OwnedDescriptor: Sendable {
 
   /// Adds one to an eventfd. An eventfd that is full wakes its reader anyway, and one that is none is the frontend's
   /// own fault: nothing is told.
-  public func signal() {
-    var one: UInt64 = 1
-    _ = unsafe write(number, &one, 8)
-  }
+  public func signal() { Waker.call(number) }
 }

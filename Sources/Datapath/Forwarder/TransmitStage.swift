@@ -46,10 +46,9 @@ struct TransmitStage: ~Copyable {
     /// `refusedSecond` on.
     var trainSegmentBytesMax = UInt32.max
     var refusedSecond: UInt32 = 0
-    /// How often in a row control had it looked at while it was full and had taken nothing since the look before.
+    /// How often control had it looked at since it was full.
     var looks: UInt8 = 0
-    var hasTaken = false
-    /// Whether it took nothing for a second at least, or its I/O said so: until it is found to take frames again.
+    /// Whether it was full for a second at least, or its I/O said that it takes long.
     var isStuck: Bool { looks >= Self.looksWhenStuck }
     static var looksWhenStuck: UInt8 { 2 }
   }
@@ -516,7 +515,8 @@ struct TransmitStage: ~Copyable {
       guard lanes[index].state == .open else { return nil }
       counters.worker.add(.laneBlocks)
       lanes[index].state = .blocked
-      if looksForLeaving > 0 || lanes[index].isStuck { dropWaiting(at: index, &memory, counters) }
+      lanes[index].looks = 0
+      if looksForLeaving > 0 { dropWaiting(at: index, &memory, counters) }
       io.awaitWritable(index)
       return nil
     case EINTR:
@@ -563,14 +563,9 @@ struct TransmitStage: ~Copyable {
   mutating func dropWaiting(isSecondOver: Bool, _ memory: inout FrameMemory, _ counters: borrowing CounterTable) {
     // What of that ring is still on its way here is looked for until the second look from now.
     looksForLeaving = isSecondOver ? looksForLeaving - min(1, looksForLeaving) : 2
-    for index in 0..<lanes.count {
-      let isBlocked = lanes[index].state == .blocked
-      if isSecondOver {
-        let takesNothing = isBlocked && !lanes[index].hasTaken
-        lanes[index].looks = takesNothing ? min(lanes[index].looks + 1, Lane.looksWhenStuck) : 0
-        lanes[index].hasTaken = false
-      }
-      if isBlocked { dropWaiting(at: index, &memory, counters) }
+    for index in 0..<lanes.count where lanes[index].state == .blocked {
+      if isSecondOver, !lanes[index].isStuck { lanes[index].looks += 1 }
+      dropWaiting(at: index, &memory, counters)
     }
   }
 
@@ -609,7 +604,7 @@ struct TransmitStage: ~Copyable {
     let index = Int(event.index)
     guard lanes[index].state == .blocked else { return }
     lanes[index].state = .open
-    lanes[index].hasTaken = true
+    lanes[index].looks = 0
     if lanes[index].count > 0 { markDirty(index) }
   }
 

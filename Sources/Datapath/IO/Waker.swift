@@ -15,4 +15,12 @@ public enum Waker {
     var one: UInt64 = 1
     _ = unsafe write(waker, &one, 8)
   }
+
+  /// The same for an eventfd that somebody else has a hand in: it may be full, and no longer be one that never waits.
+  /// An eventfd that is full wakes its reader anyway.
+  public static func call(_ event: Int32) {
+    var room = pollfd(fd: event, events: Int16(POLLOUT), revents: 0)
+    guard unsafe poll(&room, 1, 0) == 1, room.revents & Int16(POLLOUT) != 0 else { return }
+    wake(event)
+  }
 }

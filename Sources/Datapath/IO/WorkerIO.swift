@@ -52,8 +52,10 @@ public protocol WorkerIO: ~Copyable {
   func now() -> UInt64
   /// Adds one to the eventfd of a neighbour's waker.
   mutating func wake(_ waker: Int32)
-  /// Adds one to the eventfd that a guest waits for: at once, or by the next `collect`.
+  /// Adds one to the eventfd that a guest waits for, where it has room: at once, or by the next `collect`.
   mutating func call(_ guest: Int32)
+  /// The same, at once.
+  mutating func callAtOnce(_ guest: Int32)
   /// Lets another thread have this core for a moment, where one wants it.
   func yieldProcessor()
 }
@@ -65,8 +67,8 @@ extension WorkerIO where Self: ~Copyable {
     _ lane: Int, _ header: SendPool.Header, _ frame: Descriptor, _ memory: borrowing FrameMemory
   ) -> Bool { false }
 
-  @inline(__always)
-  public mutating func call(_ guest: Int32) { wake(guest) }
+  public mutating func call(_ guest: Int32) { Waker.call(guest) }
+  public mutating func callAtOnce(_ guest: Int32) { call(guest) }
 }
 
 public enum SourceKind: UInt8, BitwiseCopyable, Sendable {

@@ -37,6 +37,8 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
   /// By lane: whether buffers are awaited, and until when nobody is told that it takes long.
   private var awaitsWritable: FixedArray<Bool>
   private var stuckFrom: FixedArray<UInt64>
+  /// When it was last told.
+  private var stuckAt: FixedArray<UInt64>
   private var awaitCount = 0
   /// Lanes of them of which it was not told yet.
   private var patientCount = 0
@@ -46,7 +48,10 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
   private static var pollNanoseconds: Int { 50_000 }
   /// How long a guest may take nothing before frames stop to wait for it: longer than one that runs is away from its
   /// processor, shorter than TCP waits for an answer (200 ms).
-  static var patienceNanoseconds: Int { 20_000_000 }
+  static var patienceNanoseconds: UInt64 { 20_000_000 }
+  /// After it did, the share of the time since that frames may wait for it again: a guest that takes one buffer now and
+  /// then keeps the others no longer than that.
+  private static var patienceShare: UInt64 { 8 }
 
   init(_ kernel: consuming Kernel, sources sourceCount: Int, lanes laneCount: Int, framesOfTurnMax: Int) {
     self.kernel = kernel
@@ -63,6 +68,7 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
     results = FixedArray(repeating: DeliveryResult(), count: laneCount)
     awaitsWritable = FixedArray(repeating: false, count: laneCount)
     stuckFrom = FixedArray(repeating: 0, count: laneCount)
+    stuckAt = FixedArray(repeating: 0, count: laneCount)
   }
 
   // MARK: Rings
@@ -106,7 +112,7 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
   }
 
   /// What was completed before may have been told to an eventfd that the VMM replaced meanwhile.
-  private mutating func callAtStart(_ ring: borrowing GuestRing) { if ring.call >= 0 { kernel.wake(ring.call) } }
+  private mutating func callAtStart(_ ring: borrowing GuestRing) { if ring.call >= 0 { kernel.callAtOnce(ring.call) } }
 
   @inline(__always)
   private func isGuest(source: Int) -> Bool { sourceNotes[source].isGuest }
@@ -158,7 +164,7 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
     precondition(!results[lane].isThere, "a lane is closed while a chain is out")
     if awaitsWritable[lane] { endAwaiting(lane) }
     // Its eventfd may be closed before the next collect.
-    if lanes[lane]!.publish() { kernel.wake(laneNotes[lane].call) }
+    if lanes[lane]!.publish() { kernel.callAtOnce(laneNotes[lane].call) }
     lanes[lane]!.leave()
     lanes[lane] = nil
     laneNotes[lane] = GuestNote()
@@ -232,7 +238,8 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
     guard isGuest(lane: lane) else { return kernel.awaitWritable(lane) }
     awaitsWritable[lane] = true
     awaitCount += 1
-    stuckFrom[lane] = kernel.now() + UInt64(Self.patienceNanoseconds)
+    let now = kernel.now()
+    stuckFrom[lane] = now + min(Self.patienceNanoseconds, (now - stuckAt[lane]) / Self.patienceShare)
     patientCount += 1
   }
 
@@ -264,7 +271,7 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
       if mustPoll {
         wait = .atMost(nanoseconds: Self.pollNanoseconds)
       } else if patientCount > 0 {
-        wait = .atMost(nanoseconds: Self.patienceNanoseconds)
+        wait = .atMost(nanoseconds: patienceLeft)
       }
     }
     if resultCount > 0 { wait = .sweep }
@@ -295,6 +302,17 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
       if awaitsWritable[lane], !laneNotes[lane].hasKick { return true }
     }
     return false
+  }
+
+  /// Until the next lane is to be told of, in nanoseconds, at least 1.
+  private var patienceLeft: Int {
+    var next = UInt64.max
+    for place in 0..<guestLaneCount {
+      let lane = Int(guestLanes[place])
+      if awaitsWritable[lane] { next = min(next, stuckFrom[lane]) }
+    }
+    let now = kernel.now()
+    return next > now ? Int(next - now) : 1
   }
 
   private mutating func askForKicks() -> Bool {
@@ -347,6 +365,7 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
           events.append(IOEvent(.writable, lane))
         } else if stuckFrom[lane] <= now {
           stuckFrom[lane] = .max
+          stuckAt[lane] = now
           patientCount -= 1
           events.append(IOEvent(.stuck, lane))
         }

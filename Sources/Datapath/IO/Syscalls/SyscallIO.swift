@@ -462,7 +462,8 @@ public struct SyscallIO: ~Copyable, WorkerIO {
   private mutating func receiveWake(_ source: Int, _ events: inout EventBatch) {
     var count: UInt64 = 0
     statistics.enters += 1
-    guard unsafe Glibc.read(sources[source].descriptor, &count, 8) == 8 else { return failed(source, errno) }
+    // A frontend that has a hand in a kick may have emptied it and made it wait.
+    guard unsafe clinux_read_at_once(sources[source].descriptor, &count, 8) == 8 else { return failed(source, errno) }
     statistics.completions += 1
     sources[source].isArmed = false
     // A waker makes one event for each time it is armed: it has its source's place among the pending ones.

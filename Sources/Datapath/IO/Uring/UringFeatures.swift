@@ -24,7 +24,7 @@ public struct UringFeatures: OptionSet, Sendable, CustomStringConvertible {
   /// needs.
   public static let restrictions = Self(rawValue: 1 << 6)
 
-  /// IOSQE_CQE_SKIP_SUCCESS (5.17): what succeeds says nothing. Without it: a system call for each call of a guest.
+  /// IOSQE_CQE_SKIP_SUCCESS (5.17): what succeeds says nothing. Without it: a completion for each call of a guest.
   public static let silentSuccess = Self(rawValue: 1 << 7)
 
   public static let all: Self = [
@@ -41,7 +41,7 @@ public struct UringFeatures: OptionSet, Sendable, CustomStringConvertible {
     ("multishot-read", .multishotRead, "a request for every frame of a TAP port (kernel 6.7)"),
     ("fixed-files", .fixedFiles, "a reference to the file for every operation (kernel 5.19)"),
     ("restrictions", .restrictions, "rings could be used for operations that forwarding never needs (kernel 5.10)"),
-    ("silent-success", .silentSuccess, "a system call for each call of a guest (kernel 5.17)"),
+    ("silent-success", .silentSuccess, "a completion for each call of a guest (kernel 5.17)"),
   ]
 
   public var description: String {

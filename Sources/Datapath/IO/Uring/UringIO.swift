@@ -46,8 +46,9 @@ public struct UringIO: ~Copyable, WorkerIO {
   private let singleMessages: UnsafeMutablePointer<msghdr>
   private let singleVectors: UnsafeMutablePointer<iovec>
   private let wakeValue: UnsafeMutablePointer<UInt64>
-  /// What is written to a guest's eventfd: 1.
+  /// What is written to a guest's eventfd: 1, in 8 bytes.
   private let callValue: UnsafeMutablePointer<UInt64>
+  private let callVector: UnsafeMutablePointer<iovec>
 
   struct Source: BitwiseCopyable {
     var kind = SourceKind.waker
@@ -164,6 +165,8 @@ public struct UringIO: ~Copyable, WorkerIO {
     unsafe wakeValue.initialize(to: 0)
     unsafe callValue = .allocate(capacity: 1)
     unsafe callValue.initialize(to: 1)
+    unsafe callVector = .allocate(capacity: 1)
+    unsafe callVector.initialize(to: unsafe iovec(iov_base: callValue, iov_len: 8))
   }
 
   deinit {
@@ -174,6 +177,7 @@ public struct UringIO: ~Copyable, WorkerIO {
     unsafe singleVectors.deallocate()
     unsafe wakeValue.deallocate()
     unsafe callValue.deallocate()
+    unsafe callVector.deallocate()
   }
 
   // MARK: The ring
@@ -234,7 +238,7 @@ public struct UringIO: ~Copyable, WorkerIO {
     let operations: [UInt32] = [
       IORING_OP_NOP.rawValue, IORING_OP_READ.rawValue, UInt32(CLINUX_OP_READ_MULTISHOT), IORING_OP_RECVMSG.rawValue,
       IORING_OP_SENDMSG.rawValue, IORING_OP_WRITEV.rawValue, IORING_OP_POLL_ADD.rawValue,
-      IORING_OP_ASYNC_CANCEL.rawValue, IORING_OP_WRITE.rawValue,
+      IORING_OP_ASYNC_CANCEL.rawValue,
     ]
     let registrations: [Int] = [
       Int(IORING_REGISTER_PROBE), Int(IORING_REGISTER_FILES), Int(IORING_REGISTER_FILES2),
@@ -637,11 +641,17 @@ public struct UringIO: ~Copyable, WorkerIO {
 
   public mutating func wake(_ waker: Int32) { Waker.wake(waker) }
 
+  /// The eventfd is a frontend's, who may have filled it and made it wait: so the kernel is told not to.
   public mutating func call(_ guest: Int32) {
-    guard features.contains(.silentSuccess) else { return Waker.wake(guest) }
     let entry = unsafe entry()
-    unsafe io_uring_prep_write(entry, guest, callValue, 8, 0)
-    unsafe clinux_sqe_finish(entry, Self.silentFlag, tag(.ignored, 0))
+    unsafe io_uring_prep_writev2(entry, guest, callVector, 1, 0, Int32(RWF_NOWAIT))
+    unsafe clinux_sqe_finish(entry, features.contains(.silentSuccess) ? Self.silentFlag : 0, tag(.ignored, 0))
+  }
+
+  public mutating func callAtOnce(_ guest: Int32) {
+    call(guest)
+    statistics.enters += 1
+    unsafe io_uring_submit(ring)
   }
 
   public func yieldProcessor() {
