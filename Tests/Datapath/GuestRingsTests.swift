@@ -83,6 +83,8 @@ private final class GuestPair {
     settings.domains = 1
     // More than frames can be under way: what waits for buffers is not dropped.
     settings.operations = 1_024
+    // Nor what waits long, on a machine that is slow.
+    settings.guestPatienceNanoseconds = .max
     worker = Worker(
       io: try SyscallIO(IOLimits(entries: 64, slots: 64, posted: 8, sources: 2, lanes: 1, operations: 1_024)),
       memory: FrameMemory(

@@ -100,7 +100,8 @@ public struct Worker<IO: WorkerIO & ~Copyable>: ~Copyable {
     reports = mailbox.reports.makeProducer()
     controlWaker = mailbox.controlWaker
     self.io = GuestIO(
-      io, sources: settings.sources, lanes: settings.lanes, framesOfTurnMax: settings.postedSlots)
+      io, sources: settings.sources, lanes: settings.lanes, framesOfTurnMax: settings.postedSlots,
+      patienceNanoseconds: settings.guestPatienceNanoseconds)
     self.memory = memory
     receive.open(
       Self.wakerSource, .waker, interface: .none, domain: .none, descriptor: mailbox.workerWaker, &self.io, &self.memory
@@ -598,6 +599,9 @@ public struct WorkerSettings: Sendable {
   public var operations = 1_024
   /// Whether datagrams leave in trains (UDP GSO).
   public var formsTrains = true
+  /// How long a guest may take nothing before frames stop to wait for it: longer than one that runs is away from its
+  /// processor, shorter than TCP waits for an answer (200 ms).
+  public var guestPatienceNanoseconds: UInt64 = 20_000_000
   /// The start of second 1 of learning and ageing, which all workers and control share; nil: now.
   public var epochNanoseconds: UInt64?
   public init() {}

@@ -46,15 +46,18 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
   private let framesOfTurnMax: Int
   private var framesTaken = 0
   private static var pollNanoseconds: Int { 50_000 }
-  /// How long a guest may take nothing before frames stop to wait for it: longer than one that runs is away from its
-  /// processor, shorter than TCP waits for an answer (200 ms).
-  static var patienceNanoseconds: UInt64 { 20_000_000 }
+  /// How long a guest may take nothing before frames stop to wait for it.
+  private let patienceNanoseconds: UInt64
   /// After it did, the share of the time since that frames may wait for it again: a guest that takes one buffer now and
   /// then keeps the others no longer than that.
   private static var patienceShare: UInt64 { 8 }
 
-  init(_ kernel: consuming Kernel, sources sourceCount: Int, lanes laneCount: Int, framesOfTurnMax: Int) {
+  init(
+    _ kernel: consuming Kernel, sources sourceCount: Int, lanes laneCount: Int, framesOfTurnMax: Int,
+    patienceNanoseconds: UInt64
+  ) {
     self.kernel = kernel
+    self.patienceNanoseconds = patienceNanoseconds
     self.framesOfTurnMax = framesOfTurnMax
     sources = OwnedArray(capacity: sourceCount)
     lanes = OwnedArray(capacity: laneCount)
@@ -239,7 +242,7 @@ struct GuestIO<Kernel: WorkerIO & ~Copyable>: ~Copyable, WorkerIO {
     awaitsWritable[lane] = true
     awaitCount += 1
     let now = kernel.now()
-    stuckFrom[lane] = now + min(Self.patienceNanoseconds, (now - stuckAt[lane]) / Self.patienceShare)
+    stuckFrom[lane] = now + min(patienceNanoseconds, (now - stuckAt[lane]) / Self.patienceShare)
     patientCount += 1
   }
 
